@@ -282,12 +282,12 @@ def cache_size(
     return {k.name: sum(f.stat().st_size for f in k.rglob("*") if f.is_file()) for k in kinds}
 
 def clear_cache(
-    *kinds:str, # which; all when none is named
+    *kinds:str, # which; when none is named all but "models": weights took a download
     folder:Path|None=None, # the settings' cache unless given
 )->int: # bytes freed
     "Remove stored results; they are made again when needed."
     sizes = cache_size(folder)
-    chosen = kinds or sizes
+    chosen = kinds or [k for k in sizes if k != "models"]
     for k in chosen:
         if k not in sizes: raise BadRequest(f"the cache holds no {k!r}", f"It holds: {', '.join(sizes) or 'nothing'}.")
         shutil.rmtree(Path(folder or settings().cache)/k)
