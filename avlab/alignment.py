@@ -174,7 +174,8 @@ def align(
     words, end_s = pronunciations(text, voice), len(x)/sample_rate
     if not words or not all(ps for _, ps in words): raise BadRequest(f"{text[:40]!r} has words that can't be pronounced", "Spell them out.")
     least = sum(min(map(len, ps)) for _, ps in words)*.03
-    if least > end_s: raise TooShort(f"{len(words)} words need {least:.1f} s and the recording lasts {end_s:.1f} s", "Check that the text belongs to it.")
+    if least > end_s:
+        raise TooShort(f"{len(words)} words need {least:.1f} s and the recording lasts {end_s:.1f} s", "Check that the text belongs to it.")
     found, *scale = _paths(words, _pcm(x, sample_rate))
     clock = lambda frame: min(max((frame - _AIR)/_FRAME, 0.), end_s)
     spoken = [f for f in found if f[0].startswith("w")]

@@ -32,8 +32,11 @@ def local_cluster(
     quiet = {"distributed.scheduler.worker-ttl": None, "distributed.scheduler.worker-saturation": 1.0, "distributed.admin.tick.limit": "1h",
         "distributed.worker.multiprocessing-method": "spawn"}
     with dask.config.set(quiet):
-        try: cluster = LocalCluster(n_workers=workers or _cores(), threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=logging.CRITICAL)
-        except RuntimeError: raise EngineUnavailable("the worker processes did not start", "A script starts a batch under `if __name__ == '__main__':`.") from None
+        try:
+            cluster = LocalCluster(n_workers=workers or _cores(), threads_per_worker=1, dashboard_address=None, memory_limit=0,
+                silence_logs=logging.CRITICAL)
+        except RuntimeError:
+            raise EngineUnavailable("the worker processes did not start", "A script starts a batch under `if __name__ == '__main__':`.") from None
         with cluster, Client(cluster, set_as_default=False) as client: yield client
 
 # %% ../nbs/09_batch.ipynb #034250ba
@@ -48,7 +51,8 @@ def _connected(client, workers, items):
         from distributed import Client
         try: c = Client(client, timeout=10, set_as_default=False)
         except (OSError, ValueError) as e:
-            raise EngineUnavailable(f"no Dask scheduler answers at {client} ({type(e).__name__})", "Start one with `dask scheduler`, or leave it out.") from None
+            raise EngineUnavailable(f"no Dask scheduler answers at {client} ({type(e).__name__})",
+                "Start one with `dask scheduler`, or leave it out.") from None
         with c: yield c
     else: yield client
 
@@ -60,7 +64,8 @@ def _report(value):
     if found is None and path is not None and (Path(path)/"metrics.json").is_file(): found = json.loads((Path(path)/"metrics.json").read_text())
     if isinstance(found, (int, float)): found = {"value": found}
     found = {} if found is None else to_json(found)
-    if not isinstance(found, dict): raise BadRequest(f"an item returned a {type(value).__name__}", "Return a path, a dict of metrics, a number, or (path, dict).")
+    if not isinstance(found, dict):
+        raise BadRequest(f"an item returned a {type(value).__name__}", "Return a path, a dict of metrics, a number, or (path, dict).")
     return None if path is None else str(Path(path).absolute()), json.dumps(found, allow_nan=False)
 
 # %% ../nbs/09_batch.ipynb #20693a74
@@ -167,7 +172,8 @@ def map(
     show:bool|None=None, # the progress bar; None shows it to a notebook or a terminal
 )->Ledger: # with the items of this call
     "Do `fn` for every item that is not done yet."
-    if client is not None and workers is not None: raise BadRequest("workers= is for processes on this machine, client= brings its own", "Give one of them.")
+    if client is not None and workers is not None:
+        raise BadRequest("workers= is for processes on this machine, client= brings its own", "Give one of them.")
     if workers is not None and workers < 1: raise BadRequest(f"workers={workers}: a batch needs at least one worker")
     todo, blob, name = _keyed(items, key), _pickled(fn), getattr(getattr(fn, "func", fn), "__name__", "batch").strip("_<>")
     path = Path(ledger or Path("runs")/name/"ledger.db")
@@ -192,7 +198,8 @@ def _keyed(items, key):
 def _pickled(fn):
     import cloudpickle
     try: return cloudpickle.dumps(fn)
-    except Exception as e: raise BadRequest(f"{getattr(fn, '__name__', fn)} can't be sent to a worker: {e}", "Open files and models inside the function.") from None
+    except Exception as e:
+        raise BadRequest(f"{getattr(fn, '__name__', fn)} can't be sent to a worker: {e}", "Open files and models inside the function.") from None
 
 # %% ../nbs/09_batch.ipynb #fcf2b6cc
 def draw_timeline(
@@ -207,7 +214,9 @@ def draw_timeline(
     for r in rows:
         ax.barh(lanes.index(r["worker"]), r["duration_s"], left=r["started"] - zero, height=.7, edgecolor="white", linewidth=.8,
             color=PALETTE[0] if r["state"] == "done" else PALETTE[1])
-    ax.set(yticks=range(len(lanes)), yticklabels=[f"worker {n}" if n.isdigit() else n for n in lanes], xlabel="seconds", title=title or f"{len(rows)} items"); ax.grid(axis="y", visible=False)
+    ax.set(yticks=range(len(lanes)), yticklabels=[f"worker {n}" if n.isdigit() else n for n in lanes], xlabel="seconds",
+        title=title or f"{len(rows)} items")
+    ax.grid(axis="y", visible=False)
     return Figure(fig)
 
 # %% ../nbs/09_batch.ipynb #77e00e18
@@ -227,7 +236,8 @@ def sweep(
     grid = [dict(g) for g in grid]
     for g in grid: checked_parameters(notebook, g)
     one = partial(_swept, notebook=str(Path(notebook).absolute()), out=str(Path(out).absolute()))
-    return map(one, grid, key=partial(_run_key, notebook), ledger=Path(out)/"ledger.db", client=client, workers=workers, retries=retries, again=again, show=show)
+    return map(one, grid, key=partial(_run_key, notebook), ledger=Path(out)/"ledger.db", client=client, workers=workers, retries=retries,
+        again=again, show=show)
 
 # %% ../nbs/09_batch.ipynb #1ca8bc6a
 def _run_key(notebook, parameters):

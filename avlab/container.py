@@ -102,15 +102,21 @@ class MediaInfo:
     @property
     def has_audio(self): return self.audio_start_s is not None
 
-    def _repr_html_(self):
-        v = "none"
+    def _parts(self):
+        v = a = "none"
         if self.has_video:
             rate, turned = f"{self.fps:.3f} fps{' (variable)'*self.variable_fps}", f", turned {self.rotation}°"*bool(self.rotation)
             v = f"{self.video_codec} {self.pixel_format}, {self.width}x{self.height}, {rate}, {self.frames} frames"
             v += f"{turned}, starts at {self.video_start_s:.3f} s"
-        a = f"{self.audio_codec}, {self.sample_rate} Hz, {self.channels} ch, starts at {self.audio_start_s:.3f} s" if self.has_audio else "none"
-        rows = dict(file=f"{self.path.name}, {self.bytes/1e3:,.0f} kB, {self.duration_s:.2f} s", video=v, audio=a)
-        return "<table>" + "".join(f"<tr><th>{k}</th><td style='text-align:left'>{x}</td></tr>" for k, x in rows.items()) + "</table>"
+        if self.has_audio: a = f"{self.audio_codec}, {self.sample_rate} Hz, {self.channels} ch, starts at {self.audio_start_s:.3f} s"
+        return dict(file=f"{self.path.name}, {self.bytes/1e3:,.0f} kB, {self.duration_s:.2f} s", video=v, audio=a)
+
+    def __repr__(self): return "; ".join(f"{k}: {x}" for k, x in self._parts().items())
+
+    def _repr_html_(self):
+        import html
+        cells = "".join(f"<tr><th>{k}</th><td style='text-align:left'>{html.escape(x)}</td></tr>" for k, x in self._parts().items())
+        return f"<table>{cells}</table>"
 
 # %% ../nbs/01_container.ipynb #96dfc812
 def _survey(c, video, audio, most=1000):

@@ -150,7 +150,8 @@ def check_voice(
     for asked, known, what in [(base, _inventory()[0], "voice"), (variant, _inventory()[1], "variant")][:2 if plus else 1]:
         if asked not in known:
             names = {e.name.lower(): k for k, e in known.items()} | {k: k for k in known}
-            near = list(dict.fromkeys(names[n] for n in difflib.get_close_matches(asked, names, 6, .5)))[:4] or [k for k in known if k[:2] == asked[:2]][:4] or list(known)[:4]
+            near = dict.fromkeys(names[n] for n in difflib.get_close_matches(asked, names, 6, .5))
+            near = list(near or [k for k in known if k[:2] == asked[:2]] or known)[:4]
             raise BadRequest(f"espeak-ng has no {what} {asked!r}", f"Near it: {', '.join(known[n].code for n in near)}. All: avlab.speech.voices().")
         found.append(known[asked].code)
     return "+".join(found)
@@ -265,7 +266,8 @@ def speak(
     tokens = list(re.finditer(r"\S+", text))
     phones = _phones(events, len(pcm), tokens)
     words = _words(phones, tokens, lambda t: sum(map(len, phonemes_of(t, voice))))
-    return (pcm/32768).astype(np.float32), sr, tuple(Word(t, a/sr, b/sr) for t, a, b in words), tuple(_phoneme(n, a/sr, b/sr) for n, a, b, _ in phones)
+    return (pcm/32768).astype(np.float32), sr, tuple(Word(t, a/sr, b/sr) for t, a, b in words), \
+        tuple(_phoneme(name, a/sr, b/sr) for name, a, b, _ in phones)
 
 # %% ../nbs/06a_espeak.ipynb #267554e9
 @lru_cache(4096)
@@ -319,6 +321,8 @@ def interval_strip(
     def row(items, color, size):
         return "".join(f'<span style="position:absolute;left:{100*x.start_s/duration_s:.2f}%;width:{100*(x.end_s - x.start_s)/duration_s:.2f}%;'
             f'background:{color};border-left:1px solid #fff;box-sizing:border-box;text-align:center;overflow:hidden;white-space:nowrap;color:#22263a;'
-            f'font:{size}px/20px sans-serif;height:20px" title="{x.start_s:.3f} … {x.end_s:.3f} s">{html.escape(x.text)}</span>' for x in items if x.text)
+            f'font:{size}px/20px sans-serif;height:20px" title="{x.start_s:.3f} … {x.end_s:.3f} s">{html.escape(x.text)}</span>'
+            for x in items if x.text)
     box = '<div style="position:relative;height:21px;max-width:860px">{}</div>'
-    return box.format(row(words, "#cfdef8", 12)) + box.format(row(phonemes, "#cdeadf", 10)) + f'<div style="font-size:12px;opacity:.7">{html.escape(caption)}</div>'
+    return box.format(row(words, "#cfdef8", 12)) + box.format(row(phonemes, "#cdeadf", 10)) + \
+        f'<div style="font-size:12px;opacity:.7">{html.escape(caption)}</div>'

@@ -193,9 +193,9 @@ class Ledger:
     def summary(self)->str:
         "One line, and one more for each failure."
         rows, n = self.rows(), self.counts()
-        spent = sum(r["duration_s"] or 0 for r in rows)
         said = ", ".join(f"{n[s]} {s}" for s in ("done", "failed", "running", "waiting") if n[s] or s == "done")
-        return "\n".join([f"{len(rows)} items: {said}; {spent:.1f} s of work", *(f"{_short(r['item'])}: {_error(r)}" for r in rows if r["state"] == "failed")])
+        failed = [f"{_short(r['item'])}: {_error(r)}" for r in rows if r["state"] == "failed"]
+        return "\n".join([f"{len(rows)} items: {said}; {sum(r['duration_s'] or 0 for r in rows):.1f} s of work", *failed])
 
     def __repr__(self): return self.summary()
     def _repr_html_(self): return _page(self.rows(), self.counts())
@@ -224,7 +224,8 @@ _COLOURS = dict(done="#1f9d74", failed="#e0572f", running="#2f6fde", waiting="#d
 
 def _page(rows, counts, most=20):
     from html import escape
-    bar = "".join(f'<span style="display:inline-block;height:10px;width:{100*counts[s]/max(1, len(rows)):.2f}%;background:{_COLOURS[s]}"></span>' for s in _COLOURS)
+    piece = '<span style="display:inline-block;height:10px;width:{:.2f}%;background:{}"></span>'
+    bar = "".join(piece.format(100*counts[s]/max(1, len(rows)), colour) for s, colour in _COLOURS.items())
     said = " · ".join(f'<b style="color:{_COLOURS[s] if s != "waiting" else "#6b7280"}">{counts[s]} {s}</b>' for s in _COLOURS if counts[s])
     failed = [r for r in rows if r["state"] == "failed"]
     lines = "".join(f"<tr><td style='text-align:left'>{escape(_short(r['item']))}</td><td style='text-align:left'>{escape(r['kind'] or '')}</td>"
@@ -232,4 +233,5 @@ def _page(rows, counts, most=20):
     more = f"<p>and {len(failed) - most} more</p>" if len(failed) > most else ""
     table = f"<table><tr><th>failed item</th><th>error</th><th></th><th>attempts</th></tr>{lines}</table>{more}" if failed else ""
     spent = sum(r["duration_s"] or 0 for r in rows)
-    return f'<div style="font-size:90%"><div style="max-width:420px;line-height:0">{bar}</div>{len(rows)} items: {said or "none"} · {spent:.1f} s of work{table}</div>'
+    bar = f'<div style="max-width:420px;line-height:0">{bar}</div>'
+    return f'<div style="font-size:90%">{bar}{len(rows)} items: {said or "none"} · {spent:.1f} s of work{table}</div>'

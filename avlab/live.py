@@ -8,9 +8,11 @@ import asyncio, dataclasses, threading, time
 from collections import deque
 from typing import Any, Callable
 from .core import AvlabError, BadRequest
-from .protocol import Door, HEADER, InvalidRatio, Kind, Limits, Packet, ProtocolError, TokenBucket, control, hostile, jpeg_size, pack, samples, sequence_step, unpack
+from .protocol import Door, HEADER, InvalidRatio, Kind, Limits, Packet, ProtocolError, TokenBucket
+from .protocol import control, hostile, jpeg_size, pack, samples, sequence_step, unpack
 
-_all_ = ["Door", "HEADER", "InvalidRatio", "Kind", "Limits", "Packet", "ProtocolError", "TokenBucket", "control", "hostile", "jpeg_size", "pack", "samples", "sequence_step", "unpack"]
+_all_ = ["Door", "HEADER", "InvalidRatio", "Kind", "Limits", "Packet", "ProtocolError", "TokenBucket",
+    "control", "hostile", "jpeg_size", "pack", "samples", "sequence_step", "unpack"]
 
 # %% auto #0
 __all__ = ['FakeClock', 'Playout', 'Sync', 'QueueClosed', 'QueueStats', 'LiveQueue', 'Hysteresis', 'Door', 'HEADER',
@@ -140,7 +142,8 @@ class LiveQueue:
         full:str="drop", # "drop": the oldest goes; "wait": the producer waits
         clock:Callable[[], float]=time.monotonic, # seconds, for ages
     ):
-        if depth < 1 or full not in ("drop", "wait"): raise BadRequest(f"LiveQueue(depth={depth}, full={full!r})", "depth is at least 1, full is 'drop' or 'wait'.")
+        if depth < 1 or full not in ("drop", "wait"):
+            raise BadRequest(f"LiveQueue(depth={depth}, full={full!r})", "depth is at least 1, full is 'drop' or 'wait'.")
         self.depth, self.full, self.clock = depth, full, clock
         self._items, self._ready, self._waiters, self._closed = deque(), threading.Condition(), set(), False
         self._put = self._delivered = self._dropped = self._peak = 0
@@ -244,7 +247,8 @@ class Hysteresis:
         below:float, # a value under this counts towards −1; not more than `above`
         below_count:int, # events in a row
     ):
-        if below > above or above_count < 1 or below_count < 1: raise BadRequest(f"hysteresis above {above} and below {below} is no hysteresis", "below ≤ above, counts ≥ 1.")
+        if below > above or above_count < 1 or below_count < 1:
+            raise BadRequest(f"hysteresis above {above} and below {below} is no hysteresis", "below ≤ above, counts ≥ 1.")
         self.above, self.above_count, self.below, self.below_count, self._up, self._down = above, above_count, below, below_count, 0, 0
 
     def update(self,

@@ -32,7 +32,7 @@ def blink_times(
     duration_s:float, # seconds
     seed:int, # which blinks
     shortest_s:float=2., # between blinks
-    longest_s:float=6.,
+    longest_s:float=6., # between blinks
 )->np.ndarray: # (B,) seconds at which the eyes are shut
     "When the eyes close."
     rng = np.random.default_rng(item_seed(seed, "blink"))

@@ -12,7 +12,7 @@ from .core import BadRequest
 
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'GRID', 'PALETTE', 'Picture', 'filmstrip', 'Figure', 'axes', 'draw_spectrogram', 'draw_intervals',
-           'Player', 'show_video', 'show_audio']
+           'Player', 'show_video', 'show_audio', 'Row']
 
 # %% ../nbs/00_pictures.ipynb #0d529fc4
 class Picture:
@@ -231,3 +231,13 @@ def show_audio(
     import tempfile
     from avlab.media import write_audio
     with tempfile.TemporaryDirectory() as d: return Player(write_audio(Path(d)/"sound.m4a", audio, sample_rate), caption=caption)
+
+# %% ../nbs/00_pictures.ipynb #b85e4ca0
+class Row:
+    "Players next to each other."
+    def __init__(self,
+        *players:Player, # left to right
+    ): self.players = players
+
+    def _repr_html_(self):
+        return '<div style="display:flex;flex-wrap:wrap;gap:1em">' + "".join(p._repr_html_() for p in self.players) + "</div>"

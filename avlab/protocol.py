@@ -107,7 +107,8 @@ def unpack(
     if magic != MAGIC: raise ProtocolError("a message does not begin with AV", "Is this an avlab client?", "magic")
     if version != VERSION: raise ProtocolError(f"protocol version {version} is not spoken here", f"Speak version {VERSION}.", "version")
     if kind not in _CHECKS: raise ProtocolError(f"a message of unknown kind {kind}", reason="kind")
-    if length != len(message) - HEADER.size: raise ProtocolError(f"a header says {length} bytes, {len(message) - HEADER.size} follow", reason="length")
+    if length != len(message) - HEADER.size:
+        raise ProtocolError(f"a header says {length} bytes, {len(message) - HEADER.size} follow", reason="length")
     payload = memoryview(message)[HEADER.size:].toreadonly()
     return Packet(Kind(kind), sequence, capture_us, payload, *_CHECKS[kind](payload, limits))
 

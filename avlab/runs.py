@@ -26,7 +26,8 @@ def parameters_of(
     "What a run notebook can be given."
     path, cells = Path(notebook), _cells(notebook)
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1: raise BadRequest(f"{path} has {len(tagged) or 'no'} cell{'s' if len(tagged) > 1 else ''} tagged 'parameters'", "Tag exactly one.")
+    if len(tagged) != 1:
+        raise BadRequest(f"{path} has {len(tagged) or 'no'} cell{'s' if len(tagged) > 1 else ''} tagged 'parameters'", "Tag exactly one.")
     def value(node):
         try: return ast.literal_eval(node)
         except ValueError: return ast.unparse(node)
@@ -47,7 +48,8 @@ def checked_parameters(
         if k not in known: raise BadRequest(f"{Path(notebook).name} has no parameter {k!r}", f"It has: {', '.join(known) or 'none'}.")
     plain = to_json(dict(parameters))
     try: json.dumps(plain)
-    except TypeError as e: raise BadRequest(f"{Path(notebook).name} can't be given these parameters: {e}", "Use numbers, text, lists and dicts.") from None
+    except TypeError as e:
+        raise BadRequest(f"{Path(notebook).name} can't be given these parameters: {e}", "Use numbers, text, lists and dicts.") from None
     return plain
 
 # %% ../nbs/09_runs.ipynb #1c5610e3
@@ -76,7 +78,8 @@ def run(
     before, t = _stamp(home/"metrics.json"), time.perf_counter()
     with atomic_path(out/notebook.name) as part: _execute(notebook, part, given, out, sys.stderr.isatty() if show is None else show)
     (out/f"{notebook.stem}.failed.ipynb").unlink(missing_ok=True)
-    if _stamp(home/"metrics.json") == before: raise NotebookFailed(f"{notebook.name} ran, but wrote no metrics.json into {home}", "End it with write_metrics(out, …).")
+    if _stamp(home/"metrics.json") == before:
+        raise NotebookFailed(f"{notebook.name} ran, but wrote no metrics.json into {home}", "End it with write_metrics(out, …).")
     return Run(out/notebook.name, given, json.loads((home/"metrics.json").read_text()), time.perf_counter() - t)
 
 # %% ../nbs/09_runs.ipynb #d2184455
@@ -104,8 +107,8 @@ def _execute(notebook, part, given, out, show):
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     try:
         with _private_sockets() as config:
-            papermill.execute_notebook(str(notebook), str(part), parameters=given, kernel_name="python3", language="python", progress_bar=show, config=config,
-                extra_arguments=["--log-level=50"])
+            papermill.execute_notebook(str(notebook), str(part), parameters=given, kernel_name="python3", language="python",
+                progress_bar=show, config=config, extra_arguments=["--log-level=50"])
     except Exception as e:
         why = _failure(notebook, part, e)
         if part.stat().st_size: os.replace(part, out/f"{notebook.stem}.failed.ipynb"); part.touch()
@@ -138,8 +141,8 @@ def write_metrics(
     from importlib.metadata import version
     import avlab
     loaded = [n for n in ("numpy", "torch", "mediapipe", "transformers", "av") if n in sys.modules]
-    made_by = dict(seed=seed, engine=engine, weights=weights, versions={"python": platform.python_version(), "avlab": avlab.__version__, **{n: version(n) for n in loaded}},
-        commit=_commit(Path(avlab.__file__).parent))
+    versions = {"python": platform.python_version(), "avlab": avlab.__version__, **{n: version(n) for n in loaded}}
+    made_by = dict(seed=seed, engine=engine, weights=weights, versions=versions, commit=_commit(Path(avlab.__file__).parent))
     return write_atomic(Path(out)/"metrics.json", json.dumps(to_json({**metrics, **made_by}), indent=1) + "\n")
 
 # %% ../nbs/09_runs.ipynb #5cfb654d

@@ -67,10 +67,12 @@ def say(
 
 # %% ../nbs/06_speech.ipynb #39fc7da5
 def _lasting(make, want_s, words):
-    if not (isinstance(want_s, (int, float)) and want_s > 0): raise BadRequest(f"duration_s {want_s!r} is not a length of time", "Give seconds above 0.")
+    if not (isinstance(want_s, (int, float)) and want_s > 0):
+        raise BadRequest(f"duration_s {want_s!r} is not a length of time", "Give seconds above 0.")
     slow, fast = make(RATES[0]), make(RATES[1] - 1) # at 450 the library changes its method, and the duration jumps
     if not fast.duration_s <= want_s <= slow.duration_s + _SLACK_S: raise BadRequest(
-        f"{slow.text[:40]!r} can't last {want_s:g} s: {slow.voice} speaks it in {fast.duration_s:.2f} … {slow.duration_s:.2f} s", "Change the text or the slot.")
+        f"{slow.text[:40]!r} can't last {want_s:g} s: {slow.voice} speaks it in {fast.duration_s:.2f} … {slow.duration_s:.2f} s",
+        "Change the text or the slot.")
     if slow.duration_s <= want_s: return _padded(slow, want_s)
     while fast.rate - slow.rate > 1: # invariant: slow is too long, fast fits
         share = (slow.duration_s - want_s)/(slow.duration_s - fast.duration_s)
@@ -89,5 +91,6 @@ _SLACK_S = .03
 def _padded(u, want_s):
     n = max(0, round(want_s*u.sample_rate) - len(u.audio))
     end = (len(u.audio) + n)/u.sample_rate
-    tail = (replace(u.phonemes[-1], end_s=end),) if u.phonemes[-1].silent else (u.phonemes[-1], Phoneme("", u.duration_s, end)) if n else u.phonemes[-1:]
-    return replace(u, audio=np.pad(u.audio, (0, n)), phonemes=u.phonemes[:-1] + tail, pad_s=n/u.sample_rate)
+    *before, last = u.phonemes
+    tail = [replace(last, end_s=end)] if last.silent else [last, Phoneme("", u.duration_s, end)] if n else [last]
+    return replace(u, audio=np.pad(u.audio, (0, n)), phonemes=(*before, *tail), pad_s=n/u.sample_rate)

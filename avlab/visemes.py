@@ -35,19 +35,19 @@ VISEMES = {v.name: v for v in (
     Viseme("closed", 0, press=1, jaw_strength=3, lip_strength=.15, phonemes="p b m"),
     Viseme("tuck", 1.5, tuck=1, width_mm=1, jaw_strength=3, lip_strength=.3, phonemes="f v ɱ ʋ"),
     Viseme("dental", 3.5, width_mm=1, tongue=.9, jaw_strength=.9, lip_strength=.2, phonemes="θ ð"),
-    Viseme("sibilant", 2.6, width_mm=2, jaw_strength=1.5, lip_strength=.3, phonemes="s z ts dz"),
-    Viseme("alveolar", 4, tongue=.7, jaw_strength=.55, lip_strength=.12, phonemes="t d n ɾ ʔ ɲ n̩ t̪ d̪"),
+    Viseme("sibilant", 2.2, width_mm=2, jaw_strength=1.5, lip_strength=.3, phonemes="s z ts dz"),
+    Viseme("alveolar", 3.4, tongue=.7, jaw_strength=.55, lip_strength=.12, phonemes="t d n ɾ ʔ ɲ n̩ t̪ d̪"),
     Viseme("lateral", 5.5, tongue=1, jaw_strength=.7, lip_strength=.2, phonemes="l ɫ ʎ əl l̩"),
     Viseme("postalveolar", 3.6, width_mm=-6, rounding=.7, jaw_strength=1.2, lip_strength=.8, phonemes="ʃ ʒ tʃ dʒ tɕ ɕ ʑ"),
     Viseme("rhotic", 4, width_mm=-5, rounding=.55, jaw_strength=.7, lip_strength=.6, phonemes="r ɹ ɻ ʁ ʀ"),
     Viseme("velar", 5, jaw_strength=.4, lip_strength=.08, phonemes="k ɡ g ŋ x ɣ q c ɟ ç h ɦ χ"),
-    Viseme("open", 13.5, width_mm=-1, jaw_strength=1.2, phonemes="a ɑ ɐ aː ɑː"),
-    Viseme("front open", 12, width_mm=3, jaw_strength=1.2, phonemes="æ ɛː"),
-    Viseme("mid", 8.5, width_mm=2, phonemes="ɛ e ɜ ʌ œ"),
-    Viseme("neutral", 5.5, jaw_strength=.7, lip_strength=.35, phonemes="ə ɚ ɜː ᵻ ɨ ɘ"),
-    Viseme("spread", 4.6, width_mm=6, phonemes="i iː ɪ j ɪː"),
+    Viseme("open", 16, width_mm=-1, jaw_strength=1.2, phonemes="a ɑ ɐ aː ɑː"),
+    Viseme("front open", 14.5, width_mm=3, jaw_strength=1.2, phonemes="æ ɛː"),
+    Viseme("mid", 10.5, width_mm=2, phonemes="ɛ e ɜ ʌ œ"),
+    Viseme("neutral", 6, jaw_strength=.7, lip_strength=.35, phonemes="ə ɚ ɜː ᵻ ɨ ɘ"),
+    Viseme("spread", 5.2, width_mm=6, phonemes="i iː ɪ j ɪː"),
     Viseme("rounded", 4.6, width_mm=-16, rounding=1, lip_strength=1.4, phonemes="u uː ʊ w y yː ø ʉ ɥ"),
-    Viseme("open rounded", 9.5, width_mm=-11, rounding=.7, lip_strength=1.2, phonemes="o oː ɔ ɔː ɒ"),
+    Viseme("open rounded", 11.5, width_mm=-11, rounding=.7, lip_strength=1.2, phonemes="o oː ɔ ɔː ɒ"),
 )}
 
 # %% ../nbs/08a_visemes.ipynb #94ee3181
@@ -98,8 +98,8 @@ def dominance(
     time_s:np.ndarray, # (T,) seconds
     start_s:np.ndarray, # (G,) of each gesture
     end_s:np.ndarray, # (G,)
-    before_s:float=.075, # how early a gesture is felt
-    after_s:float=.055, # how long it lingers
+    before_s:float=.062, # how early a gesture is felt
+    after_s:float=.047, # how long it lingers
 )->np.ndarray: # (G, T) in 0 … 1
     "How strongly each gesture is felt at each moment: 1 in its middle half, fading exponentially outside."
     mid, hold = (start_s + end_s)[:, None]/2, (end_s - start_s)[:, None]/4

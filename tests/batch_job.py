@@ -29,7 +29,9 @@ def main(home, items, nap_s, *options):
     (Path(home)/"out").mkdir(exist_ok=True)
     options = dict(o.split("=", 1) for o in options)
     if "workers" in options: options["workers"] = int(options["workers"])
-    try: ledger = map(partial(work, home=home, nap_s=float(nap_s)), items.split(","), key=str, ledger=Path(home)/"ledger.db", seed=7, show=False, **options)
+    try:
+        ledger = map(partial(work, home=home, nap_s=float(nap_s)), items.split(","), key=str, ledger=Path(home)/"ledger.db", seed=7, show=False,
+            **options)
     except AvlabError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 2

@@ -11,7 +11,8 @@ NAMES = [f"clip{i:02d}" for i in range(24)]
 
 
 def start(home, items=NAMES, nap_s=.1, *options, **kw):
-    return subprocess.Popen([sys.executable, str(JOB), str(home), ",".join(items), str(nap_s), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return subprocess.Popen([sys.executable, str(JOB), str(home), ",".join(items), str(nap_s), *options], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, **kw)
 
 
 def finish(home, *args, **kw):
@@ -27,7 +28,7 @@ def journal(home):
 
 
 def begun(home): return Counter(b for a, b, _ in journal(home) if a == "begin")
-def states(home): return {r["key"]: r["state"] for r in Ledger(home/"ledger.db").rows()}
+def states(home, name="ledger.db"): return {r["key"]: r["state"] for r in Ledger(home/name).rows()}
 def attempts(home): return {r["key"]: r["attempts"] for r in Ledger(home/"ledger.db").rows()}
 def done(home): return {k for k, s in states(home).items() if s == "done"}
 
@@ -43,7 +44,7 @@ def until(true, what, limit_s=60):
 def family(job): return [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
 
 
-def all_gone(processes, limit_s=20):
+def all_gone(processes, limit_s=60):
     alive = psutil.wait_procs(processes, timeout=limit_s)[1]
     return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
 
@@ -140,13 +141,22 @@ def test_a_cluster_by_its_address_also_when_it_goes_away(tmp_path, scheduler):
     assert all(begun(tmp_path)[i] == 1 for i in kept)
 
 
+def test_a_script_without_the_guard_is_told(tmp_path):
+    script = tmp_path/"bare.py"
+    script.write_text(f"from avlab.batch import map\nmap(abs, [1, 2], key=str, ledger={str(tmp_path/'l.db')!r})\n")
+    told = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 1 and told.stderr.splitlines()[-1].endswith("A script starts a batch under `if __name__ == '__main__':`.")
+    assert states(tmp_path, "l.db") == {"1": "waiting", "2": "waiting"}
+
+
 NAPPING = """
 import sys; from avlab.batch import sweep
 if __name__ == "__main__": sweep(sys.argv[1], {"nap_s": [60.0, 61.0]}, out=sys.argv[2], workers=2, show=False)
 """
 
 def notebook(path, *cells):
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(id=f"c{i}", cell_type="code", execution_count=None, outputs=[],
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={},
+        cells=[dict(id=f"c{i}", cell_type="code", execution_count=None, outputs=[],
         metadata={"tags": ["parameters"]} if i == 0 else {}, source=c) for i, c in enumerate(cells)])))
     return path
 

@@ -1,4 +1,5 @@
 "One place for the version, the requirements and the extras; a wheel that holds what it must; an import that costs nothing."
+import ast
 import re
 import subprocess
 import sys
@@ -62,6 +63,23 @@ def test_installed_versions_are_the_constraints():
         except metadata.PackageNotFoundError:
             pass
     assert not wrong
+
+
+def test_every_import_is_a_requirement(settings):
+    "What the package imports anywhere is asked for somewhere: by the base install, or by the extra of the instrument that needs it."
+    here = metadata.packages_distributions()
+    name = lambda r: re.sub(r"[-_.]+", "-", r).lower()
+    asked = {k: {name(Requirement(r).name) for r in v} for k, v in extras_of(settings).items()} | {"": {name(Requirement(r).name) for r in settings["requirements"].split()}}
+    missing = set()
+    for f in (ROOT / "avlab").rglob("*.py"):
+        workshop = f.name in ("docs.py", "notebooks.py") and f.parent.name == "app"
+        enough = set().union(*(v for k, v in asked.items() if workshop or k not in ("dev", "docs")))
+        for node in ast.walk(ast.parse(f.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - {"avlab"}:
+                if not {name(d) for d in here.get(top, [top])} & enough:
+                    missing.add((f.name, top))
+    assert sorted(missing) == []
 
 
 def test_script_is_installed():

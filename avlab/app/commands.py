@@ -141,11 +141,12 @@ def faces(
     *,
     fps:float|None=None, # frames per second to look at; the clip's own unless given
     csv:Path|None=None, # write time, mouth and eye curves to this file
-    plot:Path|None=None, # draw the curves into this .svg file
+    plot:Path|None=None, # draw the curves into this .svg, .png or .jpg file
     json:bool=False, # one line of JSON for each file
 )->int: # the exit code
     "Landmarks of the face in a clip: frames found, mouth and eyes over time."
     if (csv or plot) and len(files) > 1: raise BadRequest("--csv and --plot take one file", f"{len(files)} were named.")
+    if plot and plot.suffix.lower() not in (".svg", ".png", ".jpg"): raise BadRequest(f"{plot} is not an .svg, .png or .jpg file", "Give it one of these suffixes.")
     def look(f):
         summary, curves = face_summary(f, fps)
         if csv: _write_csv(csv, curves)
@@ -161,12 +162,14 @@ def _write_csv(path, columns):
     write_atomic(path, "\n".join(rows) + "\n")
 
 def _plot_curves(path, curves):
-    from avlab.pictures import Figure, axes
-    if path.suffix.lower() != ".svg": raise BadRequest(f"{path} is not an .svg file", "Give it that suffix.")
+    from avlab.core import atomic_path
+    from avlab.pictures import axes
+    import matplotlib.pyplot as plt
     fig, (top, bottom) = axes(2, 1.3)
     top.plot(curves["time_s"], curves["mouth"]); top.set_ylabel("mouth")
     bottom.plot(curves["time_s"], curves["eyes"]); bottom.set_ylabel("eyes"); bottom.set_xlabel("seconds")
-    Figure(fig).save(path)
+    with atomic_path(path) as part: fig.savefig(part, bbox_inches="tight", dpi=150)
+    plt.close(fig)
 
 # %% ../../nbs/app/01_commands.ipynb #90ff51e2
 def align(

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..core import AvlabError, BadRequest, write_atomic
 
 # %% auto #0
-__all__ = ['SECTIONS', 'Page', 'section_of', 'pages', 'source_of', 'lesson', 'link', 'on_page_content', 'site_config', 'build',
-           'process', 'readme', 'main']
+__all__ = ['SECTIONS', 'Page', 'section_of', 'pages', 'source_of', 'lesson', 'link', 'contents', 'on_page_content', 'site_config',
+           'build', 'process', 'photograph', 'readme', 'main']
 
 # %% ../../nbs/app/03_docs.ipynb #32208562
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _code(c):
 def _signature(name, module):
     from nbdev.showdoc import show_doc
     code, _, shown = source_of(name, module)
-    said = re.sub(r"\A---\s*", "", show_doc(shown)._repr_markdown_()) if shown else f"### {name}"
+    said = re.sub(r"\A---\s*|^\[source\]\(.*$", "", show_doc(shown)._repr_markdown_(), flags=re.M) if shown else f"### {name}"
     fold = f"\n\n<details class=\"source\"><summary>Source</summary>\n\n```python\n{code}\n```\n\n</details>" if code else ""
     return _prose(said + fold)
 
@@ -117,9 +117,24 @@ def link(
     from nbdev.config import nbpath2html
     up = "../" * here.count("/")
     markdown = re.sub(r"\]\(/([\w./]+\.html(?:#[^)]*)?)\)", rf"]({up}\1)", markdown)
-    return re.sub(r"\]\((?!https?:)([\w./-]+\.ipynb)(#[^)]*)?\)", lambda m: f"]({nbpath2html(Path(m[1])).as_posix()}{m[2] or ''})", markdown)
+    return re.sub(r"\]\((?!https?:)([\w./-]+)\.(?:ipynb|html)(#[^)]*)?\)", lambda m: f"]({nbpath2html(Path(m[1] + '.ipynb')).as_posix()}{m[2] or ''})", markdown)
 
 # %% ../../nbs/app/03_docs.ipynb #21cd6c31
+def contents(
+    html:str, # a page
+):
+    "The table of contents: what mkdocs shows on the right, from the headings that are really there."
+    import html as h
+    from mkdocs.structure.toc import get_toc
+    top = []
+    for level, anchor, inside in re.findall(r'<h([1-3]) id="([^"]+)"[^>]*>(.*?)</h\1>', html, re.S):
+        name = h.unescape(re.sub(r"<[^>]+>", "", inside)).replace("¶", "").strip()
+        entry, place = dict(level=int(level), id=anchor, name=name, children=[]), top
+        while place and place[-1]["level"] < entry["level"]: place = place[-1]["children"]
+        place.append(entry)
+    return get_toc(top)
+
+# %% ../../nbs/app/03_docs.ipynb #57218377
 def on_page_content(
     html:str, # a converted notebook
     page=None, # mkdocs' page
@@ -132,6 +147,7 @@ def on_page_content(
         n = seen[m[2]] = seen.get(m[2], -1) + 1
         return f'{m[1]}{m[2]}{f"_{n}" if n else ""}"'
     html = re.sub(r'(<h[1-6] id=")([^"]+)"', anchor, html)
+    if page: page.toc = contents(html)
     html = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
     html = re.sub(r'<div [^>]*class="clipboard-copy-txt"[^>]*>.*?</div>', "", html, flags=re.S)
     html = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", html, flags=re.S)
@@ -215,6 +231,30 @@ def _quarto(root, out):
     if out != root/"_docs": shutil.copytree(root/"_docs", out, dirs_exist_ok=True)
     return out/"index.html"
 
+# %% ../../nbs/app/03_docs.ipynb #6e315206
+def photograph(
+    page:Path, # an HTML file, or an address
+    width:int=1280, # of the window, pixels
+    height:int=800, # of the window, pixels
+    scheme:str="light", # or "dark"
+    scroll:int=0, # pixels down
+):
+    "A page as Chromium draws it: (height, width, 3) uint8."
+    import io
+    import numpy as np
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+    chromium = os.environ.get("AVLAB_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium: raise AvlabError("no Chromium is on this machine", "make test installs it, or AVLAB_CHROMIUM names one.")
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        view = browser.new_page(viewport=dict(width=width, height=height), color_scheme=scheme)
+        view.goto(page if "://" in str(page) else Path(page).resolve().as_uri(), wait_until="load")
+        view.evaluate(f"scrollTo(0, {scroll})"); view.wait_for_timeout(300)
+        shot = view.screenshot()
+        browser.close()
+    return np.array(Image.open(io.BytesIO(shot)).convert("RGB"))
+
 # %% ../../nbs/app/03_docs.ipynb #67fa6742
 def readme(
     root:Path=Path("."), # the project
@@ -248,7 +288,7 @@ def _still(output, pictures):
     if kind:
         name = f"readme_{len(pictures) + 1}.{kind.split('/')[1].split('+')[0].replace('jpeg', 'jpg')}"
         pictures[name] = data[kind].encode() if data[kind].lstrip().startswith("<") else base64.b64decode(data[kind])
-        return f"![](images/{name})"
+        return f"![{re.sub(r' [(].*', '', data.get('text/plain', ''))}](images/{name})"
     if re.search(r"<(video|audio|script)\b", data.get("text/html", "")): return ""
     if text := data.get("text/markdown") or data.get("text/html"): return text
     plain = data.get("text/plain") or "".join(output.get("text", ""))

@@ -64,13 +64,16 @@ def page_html(
 )->str: # a whole page
     "A notebook as one page with everything inside it."
     source = lambda c: "".join(c["source"])
-    parts = []
-    for c in notebook["cells"]:
-        if c["cell_type"] == "markdown": parts.append(markdown_html(source(c)))
-        if c["cell_type"] != "code": continue
-        code = "\n".join(l for l in source(c).splitlines() if not l.startswith("#|")).strip()
-        if code: parts.append(f"<details><summary>code</summary><pre>{html.escape(code)}</pre></details>")
-        parts += map(output_html, c["outputs"])
+    parts, waiting = [], []
+    for c in [*notebook["cells"], dict(cell_type="end", source="")]:
+        if c["cell_type"] == "code":
+            waiting.append("\n".join(l for l in source(c).splitlines() if not l.startswith("#|")).strip())
+            shown = list(filter(None, map(output_html, c["outputs"])))
+        else: shown = [markdown_html(source(c))] if c["cell_type"] == "markdown" else []
+        if waiting and (shown or c["cell_type"] == "end"):
+            parts.append(f"<details><summary>code</summary><pre>{html.escape((chr(10)*2).join(filter(None, waiting)))}</pre></details>")
+            waiting = []
+        parts += shown
     body = "\n".join(filter(None, parts))
     first = re.search(r"<h1>(.*?)</h1>", body)
     name = title or (re.sub(r"<.*?>", "", first[1]) if first else "avlab")

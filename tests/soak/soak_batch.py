@@ -111,7 +111,8 @@ def main():
     p.add_argument("--out", type=Path, default=Path(__file__).parent/"results"/"batch.json")
     a = p.parse_args()
     os.nice(10)
-    names = "items rounds submitter_kills worker_kills begun cut_off ended_but_not_recorded attempts_in_ledger lost_items redone_after_done wrong_outputs corrupt_ledgers leftover_processes slowest_exit_s"
+    names = ("items rounds submitter_kills worker_kills begun cut_off ended_but_not_recorded attempts_in_ledger "
+        "lost_items redone_after_done wrong_outputs corrupt_ledgers leftover_processes slowest_exit_s")
     totals, rng, began = dict.fromkeys(names.split(), 0), random.Random(a.seed), time.monotonic()
     kills = lambda: totals["submitter_kills"] + totals["worker_kills"]
     while kills() < a.kills:

@@ -17,7 +17,8 @@ def pictures(rng):
     from PIL import Image
     goods = []
     for size in ((48, 32), (33, 65), (128, 96)):
-        b = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(b, "JPEG", quality=40); goods.append(b.getvalue())
+        b = io.BytesIO(); Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(b, "JPEG", quality=40)
+        goods.append(b.getvalue())
     while True:
         m = bytearray(goods[rng.integers(3)])
         if rng.random() < .5:
@@ -72,7 +73,8 @@ def main():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2) # the decoder complains about every broken picture
     import cv2
     cv2.setNumThreads(1)
-    fresh = lambda: Counter(dict(other_errors=0, hangs=0, sizes_disagree=0, through_the_queue=0, pictures_decoded=0, sessions_that_would_close=0, queue_peak=0, slowest_ms=0))
+    names = "other_errors hangs sizes_disagree through_the_queue pictures_decoded sessions_that_would_close queue_peak slowest_ms".split()
+    fresh = lambda: Counter(dict.fromkeys(names, 0))
     run(5000, a.seed + 1000, fresh(), Counter())
     me, count, reasons, began = psutil.Process(), fresh(), Counter(), time.monotonic()
     before, part = me.memory_info().rss, 10_000
