@@ -23,7 +23,7 @@ export CLIP ?=
 .PHONY: tour
 tour: $(VENV)/.base ## Portraits speak and a clip is understood: runs/tour/index.html (CLIP=my.mp4 takes your clip)
 	@clip=(); if [ -n "$$CLIP" ]; then case "$$CLIP" in /*) ;; *) CLIP="$$PWD/$$CLIP";; esac; $(VENV)/bin/avlab probe "$$CLIP" >/dev/null; clip=(-p "clip=$$CLIP"); fi; \
-	$(VENV)/bin/avlab run nbs/runs/tour.ipynb -o runs/tour $${clip[@]+"$${clip[@]}"}
+	$(VENV)/bin/avlab run nbs/runs/tour.ipynb -o runs/tour -p size=512 $${clip[@]+"$${clip[@]}"}
 	@echo "The tour is at file://$$PWD/runs/tour/index.html"
 
 .PHONY: test
@@ -31,7 +31,7 @@ test: $(VENV)/.dev ## Everything that must pass
 	@echo "exported code, cleaned notebooks and the README are up to date"
 	@$(PY) -m avlab.app.notebooks check
 	@echo "every default cell of every notebook"
-	@$(VENV)/bin/nbdev-test --n_workers $(WORKERS)
+	@$(VENV)/bin/nbdev-test --n-workers $(WORKERS)
 	@echo "the site builds"
 	@$(PY) -m avlab.app.docs --quiet
 	@if [ -n "$${CI:-}" ]; then $(PY) -m avlab.app.notebooks committed; fi

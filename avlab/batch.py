@@ -21,6 +21,13 @@ __all__ = ['local_cluster', 'map', 'draw_timeline', 'sweep', 'Ledger', 'Notebook
            'write_metrics']
 
 # %% ../nbs/09_batch.ipynb #3cf518a7
+_CONFIG = {"distributed.scheduler.worker-ttl": None, # an item may hold the interpreter for longer than five minutes
+    "distributed.scheduler.worker-saturation": 1.0, # an item is given to a worker when it can begin, so a death is never blamed on a bystander
+    "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1},
+    "distributed.worker.multiprocessing-method": "spawn", "distributed.admin.tick.limit": "1h",
+    **{f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker", "nanny")}}
+
+# %% ../nbs/09_batch.ipynb #3b73c6d3
 @contextmanager
 def local_cluster(
     workers:int|None=None, # processes; one for each core this process may use, unless given
@@ -29,12 +36,10 @@ def local_cluster(
     if workers is not None and workers < 1: raise BadRequest(f"workers={workers}: a batch needs at least one worker")
     import dask, logging
     from distributed import Client, LocalCluster
-    quiet = {"distributed.scheduler.worker-ttl": None, "distributed.scheduler.worker-saturation": 1.0, "distributed.admin.tick.limit": "1h",
-        "distributed.worker.multiprocessing-method": "spawn"}
-    with dask.config.set(quiet):
+    with dask.config.set(_CONFIG):
         try:
-            cluster = LocalCluster(n_workers=workers or _cores(), threads_per_worker=1, dashboard_address=None, memory_limit=0,
-                silence_logs=logging.CRITICAL)
+            cluster = LocalCluster(n_workers=workers or _cores(), threads_per_worker=1, memory_limit=0, security=True, dashboard_address=None,
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"}, silence_logs=logging.CRITICAL)
         except RuntimeError:
             raise EngineUnavailable("the worker processes did not start", "A script starts a batch under `if __name__ == '__main__':`.") from None
         with cluster, Client(cluster, set_as_default=False) as client: yield client
@@ -49,7 +54,7 @@ def _connected(client, workers, items):
         with local_cluster(min(workers or _cores(), items)) as c: yield c
     elif isinstance(client, str):
         from distributed import Client
-        try: c = Client(client, timeout=10, set_as_default=False)
+        try: c = Client(client, timeout=5, set_as_default=False)
         except (OSError, ValueError) as e:
             raise EngineUnavailable(f"no Dask scheduler answers at {client} ({type(e).__name__})",
                 "Start one with `dask scheduler`, or leave it out.") from None

@@ -153,6 +153,7 @@ def talk(
     offset_ms:float=0., # planted between sound and picture; positive: the audio leads
     motion:float=1., # 0 keeps head, eyes and brows still
     blinking:bool=True, # whether the eyes blink
+    grain:float=1.3, # standard deviation of the film grain, grey levels
     seed:int=0, # of everything that is not speech
     preset:str|None=None, # "grid": 360x288, 25 fps, 75 frames, blue wall
 )->Talk:
@@ -170,7 +171,7 @@ def talk(
     frames = GRID_FRAMES if preset == "grid" else max(1, int(np.ceil(u.duration_s*fps - 1e-6)))
     seen_s = np.arange(frames)/fps - offset_ms/1000
     act = perform(u.phonemes, seen_s, item_seed(seed, "act"), motion, blinking)
-    return Talk(TalkFrames(Speaker(portrait, seed), act), fps, u, offset_ms, seed, portrait.name)
+    return Talk(TalkFrames(Speaker(portrait, seed, grain), act), fps, u, offset_ms, seed, portrait.name)
 
 # %% ../nbs/08_talker.ipynb #fc224bbb
 def _spoken(u, voice, rate, duration_s):

@@ -141,6 +141,12 @@ def test_a_cluster_by_its_address_also_when_it_goes_away(tmp_path, scheduler):
     assert all(begun(tmp_path)[i] == 1 for i in kept)
 
 
+def test_nobody_at_an_address(tmp_path):
+    code, _, err = finish(tmp_path, NAMES[:2], .01, "client=tcp://127.0.0.1:1")
+    assert code == 2 and len(err.splitlines()) == 1 and "no Dask scheduler answers at tcp://127.0.0.1:1" in err
+    assert set(states(tmp_path).values()) == {"waiting"}
+
+
 def test_a_script_without_the_guard_is_told(tmp_path):
     script = tmp_path/"bare.py"
     script.write_text(f"from avlab.batch import map\nmap(abs, [1, 2], key=str, ledger={str(tmp_path/'l.db')!r})\n")
