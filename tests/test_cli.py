@@ -183,7 +183,7 @@ def test_clean_shows_then_frees(avlab, tmp_path):
     (tmp_path / "mel" / "a.bin").write_bytes(b"x" * 5000)
     env = {"AVLAB_CACHE": str(tmp_path)}
     shown = avlab("clean", env=env)
-    assert shown.returncode == 0 and "5 kB" in shown.stdout and (tmp_path / "mel" / "a.bin").exists()
+    assert shown.returncode == 0 and "5.0 kB" in shown.stdout and (tmp_path / "mel" / "a.bin").exists()
     assert avlab("clean", "mfcc", "--yes", env=env).returncode == 1 and (tmp_path / "mel" / "a.bin").exists()
     assert json.loads(avlab("clean", "mel", "--yes", "--json", env=env).stdout) == {"freed": {"mel": 5000}}
     assert not (tmp_path / "mel").exists()
