@@ -181,7 +181,9 @@ def _synthesise(text, voice, rate, pitch=50, pitch_range=50):
         while ev[i].type:
             e = ev[i]; i += 1
             if e.type == _WORD: events.append((e.sample, _WORD, e.text_position - 1 - extra*(e.text_position - 1 > shift), ""))
-            if e.type == _PHONEME: events.append((e.sample, _PHONEME, 0, C.string_at(C.addressof(e.id), 8).split(b"\0")[0].decode("utf8", "ignore")))
+            if e.type == _PHONEME:
+                name = C.string_at(C.addressof(e.id), 8).split(b"\0")[0].decode("utf8", "ignore")
+                if not name.startswith("("): events.append((e.sample, _PHONEME, 0, name)) # "(en)" marks a change of language, not a sound
         return 0
     callback, file = _CALLBACK(collect), _file(voice).encode()
     with _Engine() as e:

@@ -260,6 +260,6 @@ def _rgb8(im):
 def _no_picture(p):
     try:
         with _open(p) as c: video, _ = _tracks(c)
-    except MediaError as e: return MediaError(e.found.replace("not media", "not a picture"), "Name a JPEG or PNG photograph.")
+    except MediaError: return MediaError(f"{p} is not a picture", "Name a JPEG or PNG photograph.")
     if video: return MediaError(f"{p} is a video, not a picture", "Take a frame of it with read_frames.")
     return MediaError(f"{p} is sound, not a picture", "Name a JPEG or PNG photograph.")

@@ -9,7 +9,7 @@ from .mesh import INNER_LIPS
 from .rig import Rig
 
 # %% auto #0
-__all__ = ['tooth_row', 'enamel_color', 'photographed_teeth', 'MouthInterior', 'lip_opening', 'paint_mouth']
+__all__ = ['tooth_row', 'enamel_color', 'photographed_teeth', 'MouthInterior', 'lip_opening', 'crease', 'paint_mouth']
 
 # %% ../nbs/08c_mouth.ipynb #fe5eb7eb
 _UPPER = dict(widths=(8.4, 6.5, 6.9, 5.2, 3.6), step=(0, .7, .2, 1., 1.7), height=10.5, radius=1.5)
@@ -107,6 +107,8 @@ class MouthInterior:
         self.enamel = enamel_color(picture, rig)
         self.light = float(self.enamel.mean()/210)
         self.photographed = photographed_teeth(picture, rig)
+        tinted = lambda rgb: np.mean(rgb) + (np.array(rgb) - np.mean(rgb))*np.clip(np.ptp(self.enamel)/self.enamel.max()/.1, 0, 1)
+        self.dark, self.throat, self.tongue = tinted([34., 10, 10]), tinted([104., 42, 40]), tinted([188., 96, 94]) # grey in a grey photograph
         self.upper, self.upper_edge = tooth_row(self.scale, True, seed)
         self.lower, self.lower_edge = tooth_row(self.scale, False, seed + 1)
         import cv2
@@ -134,6 +136,31 @@ def lip_opening(
     top, bottom = edge(list(INNER_LIPS[:11])) + margin, edge([INNER_LIPS[0], *INNER_LIPS[:9:-1]]) - margin
     return np.nan_to_num(np.clip(np.minimum(y + .5, bottom) - np.maximum(y - .5, top), 0, 1)).astype(np.float32)
 
+# %% ../nbs/08c_mouth.ipynb #f33170f4
+def crease(
+    frame:np.ndarray, # (H, W, 3) uint8, changed in place
+    P:np.ndarray, # (N, 2+) points of the face, pixels
+    mm:float, # pixels per mm
+    depth:float=.3, # 0 … 1, how dark
+)->np.ndarray: # the same frame
+    "Draw the line along which the lips touch."
+    import cv2
+    upper, lower = P[list(INNER_LIPS[:11]), :2], P[[INNER_LIPS[0], *INNER_LIPS[:9:-1]], :2]
+    line, gap = (upper + lower)/2, np.abs(lower - upper)[:, 1]
+    r = int(np.ceil(2*mm + 2))
+    (x0, y0), (x1, y1) = np.floor(line.min(0)).astype(int) - [0, r], np.ceil(line.max(0)).astype(int) + [1, r]
+    x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, frame.shape[1]), min(y1, frame.shape[0])
+    if x1 - x0 < 3 or y1 - y0 < 3: return frame
+    x, y = np.arange(x0, x1), np.arange(y0, y1)[:, None]
+    at = np.maximum.accumulate(line[:, 0])
+    end = np.clip(np.minimum(x - at[0], at[-1] - x)/(4*mm), 0, 1)
+    touch = np.interp(x, at, np.clip(1.6 - gap/(.5*mm), 0, 1))*end
+    near = touch*np.exp(-((y - np.interp(x, at, line[:, 1]))/max(.9, .4*mm))**2)
+    here = frame[y0:y1, x0:x1]
+    soft = here.astype(np.float32)
+    here[:] = _lay(soft, cv2.GaussianBlur(soft, (0, 0), max(.7, .3*mm)), near)*(1 - depth*near[..., None]**2)
+    return frame
+
 # %% ../nbs/08c_mouth.ipynb #d3663ad0
 def _soft_step(x): return 1/(1 + np.exp(-np.clip(x, -30, 30)))
 
@@ -148,11 +175,11 @@ def _row(interior, tex, tex_edge, X, Y, edge_mm, tint, image):
 def _soft_parts(interior, X, Y, jaw_mm, tongue):
     "The dark of the throat and the tongue."
     deep = np.clip((Y + 1)/(8 + jaw_mm), 0, 1)[..., None]
-    image = interior.light*((1 - deep)*[34, 10, 10] + deep*[104, 42, 40])
+    image = interior.light*((1 - deep)*interior.dark + deep*interior.throat)
     top = 5.6 + .62*jaw_mm - tongue*(3.6 + .6*jaw_mm)
     body = (X/(16 - 2*tongue))**2 + ((Y - top - 8)/8)**2
     shade = 1.02 - .3*(X/15)**2 - .2*np.clip((Y - top)/9, 0, 1) + .16*np.exp(-((Y - top - 1.6)/1.1)**2) - .1*np.exp(-(X/1.2)**2)
-    flesh = interior.light*np.array([188, 96, 94])*(np.clip(shade, .3, 1.2)*(.62 + .38*tongue))[..., None]
+    flesh = interior.light*interior.tongue*(np.clip(shade, .3, 1.2)*(.62 + .38*tongue))[..., None]
     return _lay(image, flesh, _soft_step(9*(1 - body)))
 
 # %% ../nbs/08c_mouth.ipynb #49b7ea94
@@ -166,6 +193,7 @@ def paint_mouth(
     "Paint the inside of the mouth where the lips are apart."
     import cv2
     rig = interior.rig
+    crease(frame, P, rig.mm)
     loop = P[list(INNER_LIPS), :2]
     (x0, y0), (x1, y1) = np.maximum(np.floor(loop.min(0) - 3), 0).astype(int), np.ceil(loop.max(0) + 4).astype(int)
     box = (x0, y0, min(x1, frame.shape[1]), min(y1, frame.shape[0]))

@@ -74,7 +74,7 @@ def filmstrip(
 )->Picture:
     "Frames side by side."
     frames = frames if hasattr(frames, "__getitem__") else list(frames)
-    if len(frames) == 0: raise BadRequest("a film-strip needs at least one frame")
+    if len(frames) == 0 or (n is not None and n < 1): raise BadRequest("a film-strip needs at least one frame")
     at = range(len(frames)) if n is None or n >= len(frames) else np.linspace(0, len(frames)-1, n).round().astype(int)
     cells = [_resized(np.ascontiguousarray(frames[i]), height) for i in at]
     if labels is not None: cells = [_label(c, str(t)) for c, t in zip(cells, labels, strict=True)]

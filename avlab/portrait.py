@@ -50,14 +50,14 @@ def person_matte(
 def clean_plate(
     picture:np.ndarray, # (H, W, 3) uint8
     matte:np.ndarray, # (H, W) 0 … 1
-    margin:float=.03, # widening of the outline, as a share of the larger side
+    margin:float=.015, # widening of the outline, as a share of the larger side
 )->np.ndarray: # (H, W, 3) uint8
     "The picture without the person, good near the outline and rough far inside it."
     import cv2
     h, w = matte.shape
     r = max(3, round(margin*max(h, w)))
     wide = cv2.dilate((matte > .05).astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*r+1, 2*r+1)))
-    size = (160, max(1, round(160*h/w)))
+    size = (256, max(1, round(256*h/w)))
     small = cv2.inpaint(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), cv2.resize(wide, size, interpolation=cv2.INTER_NEAREST), 4, cv2.INPAINT_TELEA)
     soft = cv2.GaussianBlur(wide.astype(np.float32), (0, 0), r/3)[..., None]
     return np.uint8(picture + (cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC) - picture.astype(np.float32))*soft + .5)
@@ -70,6 +70,7 @@ class Portrait:
     points: np.ndarray # (478, 3) landmarks, pixels
     matte: np.ndarray # (H, W) float32, what moves with the head
     plate: np.ndarray # (H, W, 3) uint8, what stays
+    photo: np.ndarray # (H, W, 3) uint8, the photograph it was made from: whose face this is
     name: str = "" # where it comes from
 
     def __repr__(self): return f"Portrait({self.name or 'a photo'}, {self.picture.shape[1]}x{self.picture.shape[0]}, face {np.ptp(self.points[:468, 0]):.0f} px)"
@@ -105,20 +106,21 @@ def prepare_portrait(
 )->Portrait:
     "Frame a photograph, find its face, lift the person off the background."
     import cv2
-    from avlab.facemesh import face_of
+    from avlab.faces import face_of
     photo, name = _open(photo, name)
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if min(size) < 64: raise BadRequest(f"a portrait of {size[0]}x{size[1]} pixels is too small", "Use at least 64 pixels a side.")
-    A = frame_window(face_of(photo).points, photo.shape, size, face_share, inside=wall is None)
+    size = _checked_size(size)
+    if not .05 <= face_share <= .9: raise BadRequest(f"face_share {face_share} is not between .05 and .9", "It is the face's width over the frame's.")
+    if wall is not None and wall.shape != (size[1], size[0], 3): raise BadRequest(f"the wall is {wall.shape}, the frame {size[0]}x{size[1]}", "Make them one size.")
+    A = frame_window(_upright(photo, name).points, photo.shape, size, face_share, inside=wall is None)
     down = A[0, 0] < 1
     source = cv2.GaussianBlur(photo, (0, 0), .4/A[0, 0]) if A[0, 0] < .7 else photo
     put = lambda x: cv2.warpAffine(x, A, size, flags=cv2.INTER_AREA if down else cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     picture = put(source)
-    if wall is None: return _lifted(picture, face_of(picture).points, name)
+    if wall is None: return _lifted(picture, face_of(picture, name).points, name, photo)
     inside = cv2.warpAffine(np.ones(photo.shape[:2], np.float32), A, size)
     matte = np.clip(put(person_matte(photo)), 0, 1)*inside
     composed = np.uint8(wall + (picture - wall.astype(np.float32))*matte[..., None] + .5)
-    return Portrait(composed, face_of(composed).points.astype(np.float64), matte.astype(np.float32), wall, name)
+    return Portrait(composed, face_of(composed, name).points.astype(np.float64), matte.astype(np.float32), wall, photo, name)
 
 # %% ../nbs/08d_portrait.ipynb #16d333cb
 def _open(photo, name):
@@ -131,12 +133,30 @@ def _open(photo, name):
         raise BadRequest(f"a portrait is (H, W, 3) uint8 or a picture file, this is {getattr(photo, 'shape', type(photo).__name__)}")
     return photo, name
 
-def _lifted(picture, points, name):
+def _checked_size(size):
+    import operator
+    try: w, h = (operator.index(v) for v in (size if isinstance(size, (tuple, list)) else (size, size)))
+    except (TypeError, ValueError): raise BadRequest(f"size {size!r} is not a number of pixels or (width, height)") from None
+    if not (64 <= min(w, h) and max(w, h) <= 4096): raise BadRequest(f"a portrait of {w}x{h} pixels can't be made", "Use 64 to 4096 pixels a side.")
+    return w, h
+
+def _upright(photo, name):
+    "The face, or `NoFace` when a detector is surer of the photo turned round."
+    from avlab.faces import detect_faces, face_of
+    name = name or "the picture"
+    face = face_of(photo, name)
+    sure = lambda x: max((b.confidence for b in detect_faces(np.ascontiguousarray(x))), default=0.)
+    if sure(photo[::-1, ::-1]) > sure(photo) + .05: raise NoFace(f"{name}: the face is not upright", "Turn the photo so that the eyes are above the mouth.")
+    return face
+
+def _lifted(picture, points, name, photo):
     import cv2
     tight = person_matte(picture)
     r = max(2, round(.015*max(picture.shape)))
     wide = cv2.dilate(tight, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2*r+1, 2*r+1)))
-    return Portrait(picture, points.astype(np.float64), cv2.GaussianBlur(wide, (0, 0), r/2.5), clean_plate(picture, wide), name)
+    matte = cv2.GaussianBlur(wide, (0, 0), r/2.5)
+    plate = np.uint8(picture + (clean_plate(picture, wide) - picture.astype(np.float32))*matte[..., None] + .5)
+    return Portrait(picture, points.astype(np.float64), matte, plate, photo, name)
 
 # %% ../nbs/08d_portrait.ipynb #1775dcd5
 def wall(

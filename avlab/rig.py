@@ -87,9 +87,11 @@ class Rig:
     def __init__(self,
         points:np.ndarray, # (478, 3) landmarks of the portrait, pixels (x right, y down, z away from the camera)
     ):
-        if points.shape != (478, 3): raise BadRequest(f"a rig needs (478, 3) landmarks, got {points.shape}", "Use avlab.faces.landmarks.")
-        rings, follow = head_rings(points.astype(np.float64))
-        self.rest = np.vstack([points, rings, points[list(INNER_LIPS)]]).astype(np.float64)
+        points = np.asarray(points, np.float64)
+        if points.shape != (478, 3) or not np.isfinite(points).all():
+            raise BadRequest(f"a rig needs (478, 3) finite landmarks, got {points.shape}", "Use avlab.faces.landmarks.")
+        rings, follow = head_rings(points)
+        self.rest = np.vstack([points, rings, points[list(INNER_LIPS)]])
         self.texture = self.rest.copy() # where each point's colour is taken from: the lining is lip, not what a smile shows
         self.texture[LINING] = self.rest[[*UPPER_LIP[2], *LOWER_LIP[2, -2:0:-1]]]
         self.follow = np.r_[np.ones(478), follow, np.ones(20)]
@@ -101,6 +103,7 @@ class Rig:
         self.gap = self.lower[3, :, 1] - self.upper[3, :, 1]
         self.meeting = self.upper[3, :, 1] + .4*self.gap
         width = np.ptp(self.upper[0, :, 0])
+        self.smile = float(np.clip(self.gap.max()/8, 0, 1)) # 0 closed lips … 1 a broad smile
         self.speech_width = 1. if self.gap.max() < 3 else (.62*width + .38*52)/width
         under = np.array([478 + OVAL.index(j) for j in _JAW])
         self.handles = np.r_[_LIPS, _JAW, under, _CHIN]
@@ -132,6 +135,8 @@ def place_lips(
     thick_u, thick_l = U[3, :, 1] - U[0, :, 1], L[0, :, 1] - L[3, :, 1]
     U[..., 1] += (top - U[3, :, 1])*_FOLLOW_UPPER + (press*_ROLL - rounding*_FULL)*thick_u
     L[..., 1] += (bottom - L[3, :, 1])*_FOLLOW_LOWER - (press*_ROLL + tuck*_TUCK - rounding*_FULL)*thick_l
+    lower_corners = rig.smile*(.2 + .5*rounding)*(rig.meeting[5] - rig.meeting)
+    U[..., 1] += lower_corners; L[..., 1] += lower_corners
     rest = np.ptp(rig.upper[0, :, 0])
     scale = (rest*rig.speech_width + width)/rest
     U[..., 0] *= scale; L[..., 0] *= scale
@@ -174,8 +179,8 @@ def move_face(
     P = rig.rest.copy()
     P[rig.handles, :2] += rig.mm*moved @ rig.axes
     P[rig.free, :2] += rig.mm*(rig.matrix @ moved) @ rig.axes
-    P[_BROWS, 1] -= brows*rig.mm
-    P[468:478, :2] += rig.mm*np.asarray(gaze)
+    P[_BROWS, :2] -= brows*rig.mm*rig.axes[1]
+    P[468:478, :2] += rig.mm*np.asarray(gaze) @ rig.axes
     P[LINING] = P[list(INNER_LIPS)]
     return blink(P, lids) if lids else P
 

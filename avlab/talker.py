@@ -17,7 +17,7 @@ from .rig import Rig, head_triangles, move_face, turn_head
 
 # %% auto #0
 __all__ = ['GRID_SIZE', 'GRID_FPS', 'GRID_FRAMES', 'Speaker', 'pose_points', 'render_frame', 'pad_utterance', 'TalkFrames',
-           'Talk', 'talk', 'save_talk']
+           'Talk', 'talk', 'consent', 'save_talk']
 
 # %% ../nbs/08_talker.ipynb #afd22066
 class Speaker:
@@ -158,11 +158,12 @@ def talk(
     preset:str|None=None, # "grid": 360x288, 25 fps, 75 frames, blue wall
 )->Talk:
     "Let a portrait speak."
-    if preset not in (None, "grid"): raise BadRequest(f"there is no preset {preset!r}", "Choose 'grid' or leave it out.")
-    if not 1 <= fps <= 240: raise BadRequest(f"{fps} frames per second can't be rendered", "Choose 1 to 240.")
+    _check_talk(portrait, text_or_utterance, preset, seed, fps=(fps, 1, 240), before_s=(before_s, 0, 600), after_s=(after_s, 0, 600),
+        offset_ms=(offset_ms, -10000, 10000), motion=(motion, 0, 3), grain=(grain, 0, 30))
     u = text_or_utterance
     if preset == "grid":
-        fps, size = GRID_FPS, GRID_SIZE
+        if fps != GRID_FPS or size not in (512, GRID_SIZE): raise BadRequest(f"the grid preset is 360x288 at 25 fps, not {size} at {fps}", "Leave fps and size out.")
+        size = GRID_SIZE
         u = _grid_utterance(u, voice, rate, duration_s)
     else: u = pad_utterance(_spoken(u, voice, rate, duration_s), before_s, after_s)
     if not isinstance(portrait, Portrait):
@@ -174,6 +175,16 @@ def talk(
     return Talk(TalkFrames(Speaker(portrait, seed, grain), act), fps, u, offset_ms, seed, portrait.name)
 
 # %% ../nbs/08_talker.ipynb #fc224bbb
+def _check_talk(portrait, text, preset, seed, **numbers):
+    "One line for every argument that makes no sense, before any work."
+    if preset not in (None, "grid"): raise BadRequest(f"there is no preset {preset!r}", "Choose 'grid' or leave it out.")
+    if not isinstance(seed, (int, np.integer)) or seed < 0: raise BadRequest(f"seed {seed!r} is not a whole number from 0")
+    for name, (value, low, high) in numbers.items():
+        if not (isinstance(value, (int, float, np.number)) and low <= value <= high): raise BadRequest(f"{name} {value!r} is outside {low} … {high}")
+    if not isinstance(text, str) and not hasattr(text, "phonemes"): raise BadRequest(f"there is no text or utterance in {text!r}"[:120])
+    if preset == "grid" and isinstance(portrait, Portrait) and portrait.picture.shape[1::-1] != GRID_SIZE:
+        raise BadRequest(f"{portrait!r} is not 360x288", "Prepare it with size=(360, 288), or pass the photo itself.")
+
 def _spoken(u, voice, rate, duration_s):
     if not isinstance(u, str): return u
     from avlab.speech import say
@@ -189,6 +200,15 @@ def _grid_utterance(u, voice, rate, duration_s, total_s=GRID_FRAMES/GRID_FPS):
     return pad_utterance(said, .45*spare, spare - round(.45*spare*said.sample_rate)/said.sample_rate)
 
 # %% ../nbs/08_talker.ipynb #4f4b7a0d
+def consent(
+    talk:Talk, # from `talk`
+): # the avlab.provenance.Consent that covers it, or None
+    "The record that allows this face to speak, if there is one."
+    from avlab.provenance import ConsentMissing, consent_for
+    try: return consent_for(talk.frames.speaker.portrait.photo, "talk")
+    except ConsentMissing: return None
+
+# %% ../nbs/08_talker.ipynb #05c04615
 def save_talk(
     talk:Talk, # from `talk`
     path, # an .mp4 file
@@ -204,8 +224,9 @@ def save_talk(
     if path.suffix.lower() != ".mp4": raise BadRequest(f"{path} is not an .mp4 file", "Name the clip something.mp4.")
     with atomic_path(path) as part:
         write_video(part, frames, talk.fps, audio=talk.utterance.audio, sample_rate=talk.utterance.sample_rate, crf=crf)
-        sign(part, maker="avlab.talker", sources=talk.frames.speaker.portrait.picture, title=path.name,
-             details=dict(text=talk.utterance.text, voice=talk.utterance.voice, seed=talk.seed, offset_ms=talk.offset_ms))
+        agreed = consent(talk)
+        sign(part, maker="avlab.talker", sources=talk.frames.speaker.portrait.photo, consents=agreed or (), title=path.name,
+             details=dict(text=talk.utterance.text, voice=talk.utterance.voice, seed=talk.seed, offset_ms=talk.offset_ms, consent="recorded" if agreed else "no record"))
     return path
 
 # %% ../nbs/08_talker.ipynb #66c89c98

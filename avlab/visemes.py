@@ -32,27 +32,32 @@ class Viseme:
 # %% ../nbs/08a_visemes.ipynb #eea8edf6
 VISEMES = {v.name: v for v in (
     Viseme("rest", 0, jaw_strength=.9, lip_strength=.5),
-    Viseme("closed", 0, press=1, jaw_strength=3, lip_strength=.15, phonemes="p b m"),
+    Viseme("closed", 0, press=1, jaw_strength=3, lip_strength=.15, phonemes="p b m β ɸ"),
     Viseme("tuck", 1.5, tuck=1, width_mm=1, jaw_strength=3, lip_strength=.3, phonemes="f v ɱ ʋ"),
     Viseme("dental", 3.5, width_mm=1, tongue=.9, jaw_strength=.9, lip_strength=.2, phonemes="θ ð"),
     Viseme("sibilant", 2.2, width_mm=2, jaw_strength=1.5, lip_strength=.3, phonemes="s z ts dz"),
-    Viseme("alveolar", 3.4, tongue=.7, jaw_strength=.55, lip_strength=.12, phonemes="t d n ɾ ʔ ɲ n̩ t̪ d̪"),
-    Viseme("lateral", 5.5, tongue=1, jaw_strength=.7, lip_strength=.2, phonemes="l ɫ ʎ əl l̩"),
-    Viseme("postalveolar", 3.6, width_mm=-6, rounding=.7, jaw_strength=1.2, lip_strength=.8, phonemes="ʃ ʒ tʃ dʒ tɕ ɕ ʑ"),
+    Viseme("alveolar", 3.4, tongue=.7, jaw_strength=.55, lip_strength=.12, phonemes="t d n ɾ ʔ ɲ ɳ ʈ ɖ"),
+    Viseme("lateral", 5.5, tongue=1, jaw_strength=.7, lip_strength=.2, phonemes="l ɫ ɭ ʎ əl"),
+    Viseme("postalveolar", 3.6, width_mm=-6, rounding=.7, jaw_strength=1.2, lip_strength=.8, phonemes="ʃ ʒ tʃ dʒ tɕ dʑ ɕ ʑ ʂ ʐ"),
     Viseme("rhotic", 4, width_mm=-5, rounding=.55, jaw_strength=.7, lip_strength=.6, phonemes="r ɹ ɻ ʁ ʀ"),
-    Viseme("velar", 5, jaw_strength=.4, lip_strength=.08, phonemes="k ɡ g ŋ x ɣ q c ɟ ç h ɦ χ"),
+    Viseme("velar", 5, jaw_strength=.4, lip_strength=.08, phonemes="k ɡ g ŋ ɴ x ɣ q c ɟ ç h ɦ χ ɰ ʕ ħ"),
     Viseme("open", 16, width_mm=-1, jaw_strength=1.2, phonemes="a ɑ ɐ aː ɑː"),
     Viseme("front open", 14.5, width_mm=3, jaw_strength=1.2, phonemes="æ ɛː"),
     Viseme("mid", 10.5, width_mm=2, phonemes="ɛ e ɜ ʌ œ"),
-    Viseme("neutral", 6, jaw_strength=.7, lip_strength=.35, phonemes="ə ɚ ɜː ᵻ ɨ ɘ"),
+    Viseme("neutral", 6, jaw_strength=.7, lip_strength=.35, phonemes="ə ɚ ɜː ᵻ ɨ ɘ ɯ ɤ"),
     Viseme("spread", 5.2, width_mm=6, phonemes="i iː ɪ j ɪː"),
-    Viseme("rounded", 4.6, width_mm=-16, rounding=1, lip_strength=1.4, phonemes="u uː ʊ w y yː ø ʉ ɥ"),
+    Viseme("rounded", 4.6, width_mm=-16, rounding=1, lip_strength=1.4, phonemes="u uː ʊ w y yː ʏ ø ʉ ɥ"),
     Viseme("open rounded", 11.5, width_mm=-11, rounding=.7, lip_strength=1.2, phonemes="o oː ɔ ɔː ɒ"),
 )}
 
 # %% ../nbs/08a_visemes.ipynb #94ee3181
 _CLASS = {p: v.name for v in VISEMES.values() for p in v.phonemes.split()}
-_DROP = str.maketrans("", "", "ˈˌ̩̯̃͡ʰʲˑ?-")
+_DROP = str.maketrans("", "", "ˈˌʰʲʷˠˤˑ?-\"'^;ᵝ")
+
+def _plain(phoneme):
+    "Without stress, combining marks and superscripts."
+    import unicodedata
+    return "".join(c for c in unicodedata.normalize("NFD", phoneme.translate(_DROP)) if not unicodedata.combining(c))
 
 def _class_of(symbol):
     for s in (symbol, symbol.rstrip("ː"), symbol[:1]):
@@ -64,10 +69,10 @@ def visemes_of(
     phoneme:str, # IPA without stress marks; "" is silence
 )->tuple[str, ...]: # one class, or two for a diphthong or a vowel with r
     "The mouth shapes a phoneme goes through."
-    p = phoneme.translate(_DROP)
-    if not p: return ("rest",)
+    p = _plain(phoneme)
+    if not p: return ("rest",) if not phoneme else ("neutral",)
     if p in _CLASS: return (_CLASS[p],)
-    vowels = "aɑæɐɛeɜʌəɚiɪuʊoɔɒyøœ"
+    vowels = "aɑæɐɛeɜʌəɚiɪuʊoɔɒyʏøœɯɨ"
     if len(p.replace("ː", "")) > 1 and p[0] in vowels: return (_class_of(p[0]), _class_of(p.replace("ː", "")[-1]))
     return (_class_of(p),)
 
@@ -101,8 +106,9 @@ def dominance(
     before_s:float=.062, # how early a gesture is felt
     after_s:float=.047, # how long it lingers
 )->np.ndarray: # (G, T) in 0 … 1
-    "How strongly each gesture is felt at each moment: 1 in its middle half, fading exponentially outside."
-    mid, hold = (start_s + end_s)[:, None]/2, (end_s - start_s)[:, None]/4
+    "How strongly each gesture is felt at each moment: 1 in its middle half, all but 40 ms of a long one, fading outside."
+    mid, half = (start_s + end_s)[:, None]/2, (end_s - start_s)[:, None]/2
+    hold = np.maximum(half/2, half - .04)
     early = np.maximum(mid - hold - time_s, 0)/before_s
     late = np.maximum(time_s - mid - hold, 0)/after_s
     return np.exp(-(early + late)**1.25)
@@ -139,8 +145,10 @@ def mouth_track(
     time_s:np.ndarray, # (T,) when to look, rising, seconds on the phonemes' clock
 )->MouthTrack:
     "Lips, jaw and tongue at the times asked for."
-    all_gestures = gestures(phonemes)
-    if not all_gestures: raise BadRequest("a mouth track needs at least one phoneme", "Give an utterance that was spoken.")
+    said = gestures(phonemes)
+    if not said: raise BadRequest("a mouth track needs at least one phoneme", "Give an utterance that was spoken.")
+    rest, hour = VISEMES["rest"], 3600.
+    all_gestures = [Gesture(rest, said[0].start_s - hour, said[0].start_s), *said, Gesture(rest, said[-1].end_s, said[-1].end_s + hour)]
     start, end = np.array([g.start_s for g in all_gestures]), np.array([g.end_s for g in all_gestures])
     parts = [np.zeros((0, len(PARAMETERS)))]
     for t in (time_s[i:i+256] for i in range(0, len(time_s), 256)):

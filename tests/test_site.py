@@ -4,6 +4,8 @@ import http.server
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -214,6 +216,22 @@ def test_sources_unfold(browser, address):
     fold.locator("summary").click()
     assert fold.locator("pre").is_visible() and "class AvlabError" in fold.inner_text()
     page.close()
+
+
+def test_quarto_would_be_given_every_notebook(tmp_path):
+    "Quarto itself may be absent; the processing that nbdev does for it must succeed on every notebook all the same."
+    code = f"""
+from pathlib import Path
+from avlab.app.docs import signatures_only
+from nbdev.processors import FilterDefaults
+from nbdev.serve_drv import exec_nb
+signatures_only()
+for f in sorted(Path("nbs").rglob("*.ipynb")):
+    if not any(p[0] in "._" for p in f.parts): exec_nb(f.resolve(), Path({str(tmp_path)!r}) / f.name, FilterDefaults)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "IN_TEST": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "def probe(" in "".join(f.read_text() for f in tmp_path.glob("*.ipynb"))
 
 
 def test_readme_is_whole():

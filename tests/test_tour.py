@@ -18,8 +18,10 @@ def tour(tmp_path_factory):
 
 def test_it_writes_a_page_and_numbers(tour):
     out, told = tour
-    assert (out / "index.html").stat().st_size > 50_000 and told["metrics"]
+    m = told["metrics"]
+    assert (out / "index.html").stat().st_size > 50_000
     assert told["duration_s"] < 90
+    assert m["faces_found"] == 1 and m["mouth_r"] >= 0.9 and m["word_error_ms_max"] < 100 and -40 < m["lufs"] < 0
 
 
 def test_the_page_refers_to_nothing_outside_itself(tour):

@@ -11,7 +11,7 @@ from ..core import AvlabError, BadRequest, write_atomic
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Page', 'section_of', 'pages', 'source_of', 'lesson', 'link', 'contents', 'on_page_content', 'site_config',
-           'build', 'process', 'photograph', 'readme', 'main']
+           'build', 'process', 'signatures_only', 'photograph', 'readme', 'main']
 
 # %% ../../nbs/app/03_docs.ipynb #32208562
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ SECTIONS = {"sync": "Sync", "lips": "Lips", "swap": "Swap", "dub": "Dub", "synes
 
 def section_of(
     notebook:Path, # relative to nbs/
-)->str: # a heading, or "" for the front page
+)->str: # a heading, or "" for the front page and the tour, which come first
     "The part of the building a notebook belongs to."
+    if notebook == Path("runs/tour.ipynb"): return ""
     if len(notebook.parts) > 1: return SECTIONS.get(notebook.parts[0], notebook.parts[0].capitalize())
     if not notebook.name[0].isdigit(): return ""
     return "Ground floor" if int(notebook.name[:2]) < 7 else "First floor"
@@ -226,8 +227,21 @@ def _mkdocs(config):
     mkdocs_build(loaded)
     (Path(config["site_dir"])/".nojekyll").touch()
 
+# %% ../../nbs/app/03_docs.ipynb #c016a759
+def signatures_only()->None:
+    "Keep nbdev's processing, in this process, from executing lessons."
+    import ast, nbdev.processors as p
+    usual, alone = p._do_eval, (ast.Import, ast.ImportFrom)
+    def needed(cell):
+        if not usual(cell): return False
+        exported = cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}
+        return bool(exported or p._show_docs(cell.parsed_())) or all(isinstance(t, alone) for t in cell.parsed_())
+    p._do_eval = needed
+
+# %% ../../nbs/app/03_docs.ipynb #2bf92e67
 def _quarto(root, out):
-    done = subprocess.run([shutil.which("nbdev-docs", path=str(Path(sys.executable).parent)) or "nbdev-docs"], cwd=root, capture_output=True, text=True)
+    code = "from avlab.app.docs import signatures_only; signatures_only(); from nbdev.quarto import nbdev_docs; nbdev_docs.__wrapped__(n_workers=0)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, capture_output=True, text=True)
     if done.returncode: raise AvlabError(f"quarto failed: {(done.stderr or done.stdout)[-300:]}", "quarto=False builds the site without it.")
     if out != root/"_docs": shutil.copytree(root/"_docs", out, dirs_exist_ok=True)
     return out/"index.html"

@@ -26,6 +26,7 @@ pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans 
 pre { background: var(--code); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; margin: .4rem 0; line-height: 1.5; } :not(pre) > code { background: var(--code); border-radius: 4px; padding: .1em .3em; overflow-wrap: anywhere; }
 .out { margin: .9rem 0; overflow-x: auto; } .out > pre { background: none; padding: 0; color: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); font-size: .8rem; width: fit-content; } summary:hover { color: var(--coral); }
+@media (max-width: 40rem) { .out:has(> img), .out.svg { overflow-x: auto; } .out > img, .out.svg > svg { max-width: none; width: auto; min-width: 100%; height: auto; max-height: 22rem; } }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; width: fit-content; max-width: 100%; } table { border-collapse: collapse; font-size: .9rem; }
 .wide > table { border: 0; } th { text-align: left; background: var(--code); white-space: nowrap; } th, td { padding: .35rem .8rem; border: 0; border-bottom: 1px solid var(--line); vertical-align: top; font-variant-numeric: tabular-nums; } tr:last-child > td { border-bottom: 0; }
 header { display: flex; align-items: center; gap: .6rem; font-weight: 700; color: var(--soft); } header svg { width: 1.8rem; height: 1.8rem; } footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .8rem; color: var(--soft); }
