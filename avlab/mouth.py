@@ -76,7 +76,8 @@ def enamel_color(
     spots = [cv2.getRectSubPix(picture, (2*r+1, 2*r+1), tuple(map(float, rig.rest[i, :2]))).reshape(-1, 3) for i in cheeks]
     skin = np.percentile(np.concatenate(spots), 70, axis=0)
     hue = skin/skin.mean()
-    return np.clip(skin.mean()*1.12*(1 + (hue - 1)*.5)*[1, .985, .95], 30, 250)
+    warm = 1 - np.array([0, .015, .05])*np.clip(np.ptp(skin)/skin.max()/.15, 0, 1)
+    return np.clip(skin.mean()*1.12*(1 + (hue - 1)*.5)*warm, 30, 250)
 
 # %% ../nbs/08c_mouth.ipynb #cf46ad78
 def photographed_teeth(
@@ -107,7 +108,7 @@ class MouthInterior:
         self.enamel = enamel_color(picture, rig)
         self.light = float(self.enamel.mean()/210)
         self.photographed = photographed_teeth(picture, rig)
-        tinted = lambda rgb: np.mean(rgb) + (np.array(rgb) - np.mean(rgb))*np.clip(np.ptp(self.enamel)/self.enamel.max()/.1, 0, 1)
+        tinted = lambda rgb: np.mean(rgb) + (np.array(rgb) - np.mean(rgb))*np.clip(np.ptp(self.enamel)/self.enamel.max()/.08, 0, 1)
         self.dark, self.throat, self.tongue = tinted([34., 10, 10]), tinted([104., 42, 40]), tinted([188., 96, 94]) # grey in a grey photograph
         self.upper, self.upper_edge = tooth_row(self.scale, True, seed)
         self.lower, self.lower_edge = tooth_row(self.scale, False, seed + 1)

@@ -83,13 +83,13 @@ def frame_window(
     points:np.ndarray, # (478, 3) landmarks in the photo, pixels
     photo_shape:tuple, # (H, W, …)
     size:tuple, # (width, height) wanted, pixels
-    face_share:float=.42, # face width over frame width
+    face_share:float=.42, # face width over frame width, or over 1.25 times the height in a wide frame
     inside:bool=True, # stay inside the photograph above and below; sideways it always does
 )->np.ndarray: # (2, 3) affine map from the photo to the frame
     "Where to cut and how much to scale."
     (H, W), (w, h) = photo_shape[:2], size
     face = points[:468, :2]
-    scale = face_share*w/np.ptp(face[:, 0])
+    scale = face_share*min(w, 1.25*h)/np.ptp(face[:, 0])
     scale = max(scale, w/W, h/H if inside else 0)
     left, top = (face.min(0) + face.max(0))/2 - np.array([.5*w, .5*h])/scale
     left = np.clip(left, 0, W - w/scale)
