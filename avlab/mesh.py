@@ -122,12 +122,9 @@ def feather(
 )->np.ndarray: # (h, w) uint8 weights, 0 outside
     "Blend weights that fade towards the border of a mask; the border of the array does not count."
     import cv2
-    every = 2 if width >= 8 else 1
-    small = inside if every == 1 else cv2.resize(inside, None, fx=.5, fy=.5, interpolation=cv2.INTER_AREA)
-    d = cv2.distanceTransform((small > 127).astype(np.uint8), cv2.DIST_L2, 5)
-    t = np.minimum(d*(every/max(width, 1e-6)), 1)
-    soft = (t*t*(3 - 2*t)*255 + .5).astype(np.uint8)
-    return soft if every == 1 else cv2.bitwise_and(cv2.resize(soft, inside.shape[::-1]), inside)
+    d = cv2.distanceTransform((inside > 127).astype(np.uint8), cv2.DIST_L2, 5)
+    t = np.minimum(d*np.float32(1/max(width, 1e-6)), 1)
+    return (t*t*(3 - 2*t)*255 + .5).astype(np.uint8)
 
 # %% ../nbs/04_mesh.ipynb #acd6178f
 def match_color(
