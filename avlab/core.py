@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #969db172
 from __future__ import annotations
-import dataclasses, hashlib, json, os, shutil, tempfile
+import dataclasses, hashlib, json, os, secrets, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol
@@ -161,12 +161,11 @@ def atomic_path(
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadRequest(f"{path.parent} can't be made: {e.strerror}", "Choose another place.") from None
     if not os.access(path.parent, os.W_OK): raise BadRequest(f"{path.parent} may not be written by this user", "Choose another place.")
-    fd, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=f".part{path.suffix}", dir=path.parent)
-    os.close(fd); part = Path(name)
-    try:
+    part = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.part{path.suffix}")
+    try: # the name is known before the file is there: an interrupt at any moment leaves nothing
+        part.touch(exist_ok=False)
         yield part
         _fsync(part)
-        os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
         _fsync(path.parent)
     finally: part.unlink(missing_ok=True)
@@ -176,10 +175,6 @@ def _fsync(path):
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
-
-def _umask():
-    old = os.umask(0); os.umask(old)
-    return old
 
 # %% ../nbs/00_core.ipynb #a35c4309
 def write_atomic(

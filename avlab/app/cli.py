@@ -129,13 +129,15 @@ def main(
     args = list(sys.argv[1:] if args is None else args) or ["--help"]
     debug = os.environ.get("AVLAB_DEBUG", "") not in ("", "0")
     if not debug: _quiet()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _listen()
     try: sys.exit(command_group().main(args, prog_name="avlab", standalone_mode=False) or 0)
     except KeyboardInterrupt: sys.exit(130)
     except BrokenPipeError: os._exit(141)
     except Exception as e:
         if debug: raise
         problem, code = (str(e), 1) if isinstance(e, AvlabError) else _unforeseen(e)
+    finally:
+        if hasattr(signal, "setitimer"): signal.setitimer(signal.ITIMER_REAL, 0)
     sys.stderr.write(f"avlab: {problem}\n")
     sys.exit(code)
 
@@ -149,6 +151,21 @@ def _unforeseen(e):
     if isinstance(e, ModuleNotFoundError): return f"the Python package {e.name!r} is not installed. `avlab doctor` says what is missing.", 1
     said = " ".join(str(e).split())[:300]
     return f"{type(e).__name__}: {said or 'no message'}. AVLAB_DEBUG=1 shows where.", 1
+
+def _listen():
+    "Ctrl-C and kill end the work. A callback from C can swallow the exception that says so; then it is said again."
+    import signal
+    asked = []
+    def stop(number, frame):
+        if number in (signal.SIGINT, signal.SIGTERM): asked.append(number)
+        if hasattr(signal, "setitimer"): signal.setitimer(signal.ITIMER_REAL, .5)
+        e = sys.exception()
+        while e is not None: # on the way out already: let it clean up
+            if isinstance(e, (KeyboardInterrupt, SystemExit)): return
+            e = e.__context__
+        raise KeyboardInterrupt if asked[-1] == signal.SIGINT else SystemExit(143)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), stop)
 
 def _quiet():
     "Libraries talk on stderr; a command that works says nothing there."
