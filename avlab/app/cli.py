@@ -24,6 +24,7 @@ COMMANDS = {
     "talk": Command("avlab.app.commands:talk", "A portrait photo says a sentence.", "Make"),
     "probe": Command("avlab.app.commands:probe", "What is in media files: streams, sizes, rates, lengths.", "Look"),
     "faces": Command("avlab.app.commands:faces", "Landmarks of the face in a clip: frames found, mouth and eyes over time.", "Look"),
+    "sync": Command("avlab.app.sync_command:sync", "Whether the mouth belongs to the voice: offset, confidence, LSE.", "Look"),
     "align": Command("avlab.app.commands:align", "When each word of a known text is said.", "Look"),
     "verify": Command("avlab.app.commands:verify", "Whether a file carries its credentials, and what they say.", "Look"),
     "run": Command("avlab.app.commands:run", "A notebook with parameters, executed and kept as a page.", "Batches"),
