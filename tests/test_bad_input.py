@@ -45,7 +45,7 @@ def bad(material, tmp_path_factory):
 def calls(kind, file, out):
     "The commands that take such a file."
     if kind == "mp4":
-        return [["probe", file], ["faces", file, "--csv", out / "c.csv", "--plot", out / "c.svg"], ["align", file, SENTENCE], ["verify", file]]
+        return [["probe", file], ["faces", file, "--csv", out / "c.csv", "--plot", out / "c.svg"], ["sync", file], ["align", file, SENTENCE], ["verify", file]]
     if kind == "jpg":
         return [["talk", file, SENTENCE, "-o", out / "clip.mp4"]]
     return [["run", file, "-o", out / "run"], ["sweep", file, "-p", "seed", "1,2", "-o", out / "sweep", "--workers", "1"]]
@@ -75,7 +75,7 @@ def test_one_line(bad, tmp_path, kind, wrong):
         assert not list(tmp_path.rglob("*")), f"{said}, left {list(tmp_path.rglob('*'))}"
 
 
-@pytest.mark.parametrize("command", ["probe", "faces", "verify"])
+@pytest.mark.parametrize("command", ["probe", "faces", "sync", "verify"])
 def test_the_others_are_still_done(bad, material, command):
     good = material / "clip.mp4"
     done = run_avlab(command, bad["mp4"]["empty"], good, "--json")
@@ -129,6 +129,6 @@ main(sys.argv[1:])
 
 def test_the_default_path_opens_no_socket(material, tmp_path):
     alone = ["unshare", "--net", "--map-root-user"] if shutil.which("unshare") and not subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True).returncode else []
-    for args in (["talk", material / "portrait.jpg", SENTENCE, "-o", tmp_path / "clip.mp4"], ["faces", tmp_path / "clip.mp4"], ["align", tmp_path / "clip.mp4", SENTENCE], ["weights"]):
+    for args in (["talk", material / "portrait.jpg", SENTENCE, "-o", tmp_path / "clip.mp4"], ["faces", tmp_path / "clip.mp4"], ["sync", tmp_path / "clip.mp4"], ["align", tmp_path / "clip.mp4", SENTENCE], ["weights"]):
         done = subprocess.run([*alone, sys.executable, "-c", NO_NETWORK, *map(str, args)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "AVLAB_DEBUG": "1"})
         assert done.returncode == 0, done.stderr

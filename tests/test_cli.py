@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import HEAVY, ROOT, run_avlab
 
-COMMANDS = ("talk", "probe", "faces", "align", "verify", "run", "sweep", "weights", "doctor", "clean")
+COMMANDS = ("talk", "probe", "faces", "sync", "align", "verify", "run", "sweep", "weights", "doctor", "clean")
 
 
 def notebook(path, code):
@@ -65,7 +65,7 @@ def test_version_and_nothing(avlab):
     assert (avlab().returncode, avlab().stdout) == (0, avlab("--help").stdout)
 
 
-@pytest.mark.parametrize("args", [["tlak"], ["probe"], ["probe", "a.mp4", "--frames"], ["talk", "a.jpg"], ["sweep", "x.ipynb", "--workers", "two"]])
+@pytest.mark.parametrize("args", [["tlak"], ["probe"], ["sync"], ["sync", "a.mp4", "--seed", "one"], ["probe", "a.mp4", "--frames"], ["talk", "a.jpg"], ["sweep", "x.ipynb", "--workers", "two"]])
 def test_a_wrong_call_is_one_line(avlab, args):
     done = avlab(*args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

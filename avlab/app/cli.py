@@ -68,7 +68,7 @@ def typer_command(
     hints, said = typing.get_type_hints(fn), parameter_help(fn)
     def parameter(p):
         if p.kind is p.KEYWORD_ONLY: info = typer.Option(f"--{p.name.replace('_', '-')}", *filter(None, [SHORT.get(p.name)]), help=said.get(p.name))
-        else: info = typer.Argument(help=said.get(p.name), show_default=bool(p.default))
+        else: info = typer.Argument(help=said.get(p.name), show_default=bool(p.default), readable=False)
         return p.replace(annotation=Annotated[hints[p.name], info])
     class Pairs(typer.core.TyperCommand):
         def parse_args(self, ctx, args): return super().parse_args(ctx, join_pairs(args))

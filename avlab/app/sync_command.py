@@ -34,11 +34,14 @@ def sync_table(
     from avlab.sync.report import SCALE, certainty
     number = lambda x: "–" if x is None else f"{x:.2f}"
     sure = lambda r: f"{number(r['confidence'])} {certainty(r['confidence'] or 0, r['confidence_scale'] == 'probability')}"
-    print_table([(r["path"], f"{r['offset_frames']:+d}" if r["offset_frames"] else "0", r["direction"], sure(r), number(r["lse_d"]), number(r["lse_c"]),
+    said = lambda r: f"{'perhaps ' if 'uncertain' in sure(r) else ''}{r['direction']}"
+    print_table([(r["path"], f"{r['offset_frames']:+d}" if r["offset_frames"] else "0", said(r), sure(r), number(r["lse_d"]), number(r["lse_c"]),
         len(r["tracks"])) for r in reports], ("file", "frames", "offset", "confidence", "LSE-D", "LSE-C", "faces"))
-    said = {f"confidence is {SCALE[r['confidence_scale'] == 'probability'][2]} ({r['model']} {r['weights_sha256'][:8]}, protocol {r['protocol']})": 1 for r in reports}
-    if any(r["lse_d"] is not None for r in reports): said["good sync with the published weights has LSE-D 5–10 (lower is closer) and LSE-C 3–8 (higher is clearer)"] = 1
-    sys.stdout.write("".join(f"{line}\n" for line in ["", *said, *_notes(reports)]))
+    made_by = lambda r: f"{r['model']} {r['weights_sha256'][:8]}, protocol {r['protocol']}"
+    notes = [f"confidence is {SCALE[r['confidence_scale'] == 'probability'][2]} ({made_by(r)})" for r in reports]
+    good = "good sync with the published weights has LSE-D 5–10 (lower is closer) and LSE-C 3–8 (higher is clearer)"
+    notes += [good]*any(r["lse_d"] is not None for r in reports)
+    sys.stdout.write("".join(f"{line}\n" for line in ["", *dict.fromkeys(notes), *_notes(reports)]))
 
 # %% ../../nbs/app/01a_sync_command.ipynb #b6592ccb
 def _notes(reports): # a warning that all clips share is said once
@@ -129,8 +132,9 @@ def sync(
     def done(clip, told):
         reports.append(told | {"path": str(clip)})
         if json: print_json(reports[-1])
-    many = workers is not None or ledger is not None or (len(found) > 1 and any(p.is_dir() for p in clips))
-    code = _score_many(found, how, workers, ledger or Path("runs/sync/ledger.db"), done) if many and not plot else each(found, lambda f: done(f, _scored(f, how, plot)))
+    many = workers is not None or ledger is not None or any(p.is_dir() for p in clips)
+    if many and not plot: code = _score_many(found, how, workers, ledger or Path("runs/sync/ledger.db"), done)
+    else: code = each(found, lambda f: done(f, _scored(f, how, plot)))
     if reports and csv: _write_csv(csv, reports)
     if reports and not json: sync_table(reports)
     return code

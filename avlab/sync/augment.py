@@ -74,7 +74,7 @@ def _chatter(clips, samples, bank, rng):
 def spoil_sound(
     x:torch.Tensor, # (clips, samples) at 16 kHz
     bank:list, # recordings (samples,) int16 of voices and music to talk over it
-    rng:np.random.Generator,
+    rng:np.random.Generator, # draws what happens
 )->torch.Tensor: # (clips, samples)
     "Rooms, microphones, telephones, one to six other voices or music from −5 dB, noise of any colour from −10 dB."
     clips, n = x.shape
@@ -91,7 +91,7 @@ def spoil_sound(
 # %% ../../nbs/sync/04b_augment.ipynb #6fb40ee3
 def spoil_rows(
     m:torch.Tensor, # (clips, rows, bands)
-    rng:np.random.Generator,
+    rng:np.random.Generator, # draws what happens
 )->torch.Tensor: # the same shape
     "Longer and shorter vocal tracts, other dynamics, bands and moments missing."
     clips, n, bands = m.shape
@@ -146,7 +146,7 @@ def spoil_crop(
 # %% ../../nbs/sync/04b_augment.ipynb #f0191c03
 def spoil_pictures(
     x:torch.Tensor, # (clips, frames, 40, 56), 0 … 1
-    rng:np.random.Generator,
+    rng:np.random.Generator, # draws what happens
 )->torch.Tensor: # the same shape
     "Other light, other skin, beards, soft lenses, grain, something in front."
     clips, n, h, w = x.shape
@@ -154,7 +154,7 @@ def spoil_pictures(
     field = lambda rows, columns, much: F.interpolate(torch.randn(clips, 1, rows, columns)*much, size=(h, w), mode="bicubic", align_corners=True)
     x = x.clamp(.004, 1)**u(-.6, .6).exp()
     x = (x - x.mean((1, 2, 3), keepdim=True))*u(.5, 1.5) + u(.3, .65)
-    x = x*(1 + field(3, 3, .2)) + field(10, 14, .1)*some(.5)
+    x = x*(1 + field(3, 3, .2)) + field(10, 14, .07)*some(.5)
     a = u(0, .9)*some(.5)
     x = x*(1 - a) + a*F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     soft = torch.rand(clips) < .15

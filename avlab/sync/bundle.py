@@ -13,7 +13,7 @@ from ..core import AvlabError, MediaError, NoFace, NoSpeech, TooShort
 __all__ = ['RULES', 'MetricBundleV1', 'compute_lse_metrics', 'badge_of', 'compute_metrics']
 
 # %% ../../nbs/sync/09_bundle.ipynb #d5f1fa67
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MetricBundleV1:
     "What was measured in one clip; None where it could not be, with the reason in `missing`."
     path: Path|None # the video
@@ -228,7 +228,7 @@ def compute_metrics(
 )->MetricBundleV1:
     "Every metric of one clip. Never raises: what can't be measured is None, with its reason."
     import time
-    started, values, missing = time.perf_counter(), {}, {}
+    started, values = time.perf_counter(), {}
     path, other = _as_path(video_path), None if audio_path is None else _as_path(audio_path)
     spent = lambda: time.perf_counter() - started
     try: w = _watch(path)
@@ -244,7 +244,9 @@ def compute_metrics(
     values |= (_try(lambda: _lse_fields(path, sound, w), "lse", why) or {}) if heard else {}
     values |= (_try(lambda: _sync_fields(path, other), "offset", why) or {}) if heard else {}
     notes = [f"{k} not measured: {x}" for k, x in (w.why | {k: x for k, x in why.items() if k == "sound"}).items()]
-    badge, reasons = badge_of(values | (dict(loudest=heard[1].max()) if heard else {}), notes)
+    judged = values | (dict(loudest=heard[1].max()) if heard else {})
+    if (sure := values.get("confidence", 1)) < .5: judged["offset_ms"] = None; notes.append(f"the offset is uncertain (confidence {sure:.2f})")
+    badge, reasons = badge_of(judged, notes)
     if w.damage: reasons = (w.damage, *reasons)
     return MetricBundleV1(path, other, **values, status_badge=badge, reasons=reasons, missing=_missing(values, w, why), seconds=spent())
 
@@ -306,10 +308,15 @@ def _card(m):
     head = _div("display:flex;gap:10px;align-items:center;margin-bottom:6px", pill, f"<b>{escape(m.path.name)}</b>",
         f'<span style="opacity:.5;margin-left:auto">{by}</span>')
     tiers = [_div("min-width:130px;flex:1", _div(_HEAD, tier), *(_row(m, *r) for r in rows)) for tier, rows in _SHOWN.items()]
-    lines = [_div("margin-top:2px", "• " + escape(r)) for r in m.reasons]
-    short = lambda x: x if len(x) < 110 else x[:108] + " …"
-    lines += [_div("opacity:.5;margin-top:2px", escape(f"no {', '.join(names)}: {short(why)}")) for why, names in gone.items() if m.frame_count]
+    def named(x, most=300): return escape(x if len(x := x.replace(str(m.path), m.path.name)) <= most else x[:most] + " …")
+    lines = [_div("margin-top:2px", "• " + named(r)) for r in m.reasons]
+    lines += [_div("opacity:.5;margin-top:2px", named(f"no {', '.join(names)}: {why}", 108)) for why, names in gone.items() if m.frame_count]
     body = _div("display:flex;flex-wrap:wrap;gap:4px 22px", *tiers) if m.frame_count else ""
     return _div(f"{_FRAME};border-left:5px solid {colour}", head, body, _div("font-size:12px;margin-top:5px", *lines))
 
-MetricBundleV1._repr_html_ = _card
+def _text(m):
+    value = lambda name, show: "–" if (v := getattr(m, name)) is None else show(v)
+    rows = [f"  {tier:8}{', '.join(f'{label} {value(name, show)}' for name, label, show in items)}" for tier, items in _SHOWN.items()]
+    return "\n".join([f"{m.path.name}: {m.status_badge}", *(rows if m.frame_count else []), *(f"  • {r}" for r in m.reasons)])
+
+MetricBundleV1._repr_html_, MetricBundleV1.__repr__ = _card, _text

@@ -43,7 +43,8 @@ def _draw_lse(ax, curve, t):
     ax.axhline(curve.median, color=_SOFT, linewidth=.8, linestyle=_BESIDE, zorder=2)
     ax.annotate("", (at, curve.median), (at, curve.minimum), arrowprops=dict(arrowstyle="<->", color=_SOFT, linewidth=.9, shrinkA=6, shrinkB=0))
     x, side = (.03, "left") if at > 0 else (.97, "right")
-    for y, text in ((.30, f"↕ LSE-C {t.lse_c:.2f}"), (.14, f"● LSE-D {t.lse_d:.2f}")): ax.text(x, y, text, transform=ax.transAxes, ha=side, fontsize=9.5, color=INK)
+    for y, text in ((.30, f"↕ LSE-C {t.lse_c:.2f}"), (.14, f"● LSE-D {t.lse_d:.2f}")):
+        ax.text(x, y, text, transform=ax.transAxes, ha=side, fontsize=9.5, color=INK)
 
 def _finish_curve(ax, title):
     ax.axvline(0, color="#9aa1b5", linewidth=.9, linestyle=(0, (2, 3)), zorder=1)
@@ -112,7 +113,8 @@ def _draw_time(sure, moves, report, colours):
 def _title(report):
     name = str(report.path).replace("\\", "/").rsplit("/", 1)[-1]
     number = f"{'confidence' if report.probability else 'LSE-C'} {report.confidence:.2f}"
-    return f"{name if len(name) < 44 else name[:20] + '…' + name[-20:]}: {words(report)}  ({number}, {certainty(report.confidence, report.probability)})"
+    if len(name) > 43: name = f"{name[:20]}…{name[-20:]}"
+    return f"{name}: {words(report)} ({number}, {certainty(report.confidence, report.probability)})"
 
 def _drawn(report):
     "The figure, still matplotlib's."
@@ -147,7 +149,8 @@ def save_figure(
 )->Path:
     "The same picture as a file, in one step."
     path = Path(path)
-    if path.suffix.lower() not in (".svg", ".png", ".jpg", ".jpeg"): raise BadRequest(f"{path} is not an .svg, .png or .jpg file", "Give it one of these suffixes.")
+    if path.suffix.lower() not in (".svg", ".png", ".jpg", ".jpeg"):
+        raise BadRequest(f"{path} is not an .svg, .png or .jpg file", "Give it one of these suffixes.")
     with atomic_path(path) as part:
         if path.suffix.lower() == ".svg": part.write_bytes(figure(report).data)
         else: _drawn(report).savefig(part, dpi=dpi, bbox_inches="tight", facecolor="white")

@@ -36,7 +36,7 @@ def split_of(
 def other_voices(
     audio:np.ndarray, # (samples,) in [-1, 1] at 16 kHz, one voice, little noise
     voices:int, # how many
-    seed:int=0,
+    seed:int=0, # of what is drawn
 )->np.ndarray: # (voices, samples) int16
     "The same words at the same times, from other throats."
     import pyworld
@@ -65,7 +65,7 @@ def _resung(pyworld, f0, envelope, noise, n, peak, rng):
 def spoiled_frames(
     frames, # RGB uint8 (height, width, 3)
     meshes:list, # of the clean frames, None where there was no face
-    seed:int=0,
+    seed:int=0, # of what is drawn
 ): # yields RGB uint8 frames
     "The clip on a bad day: the same trouble in all its frames."
     from avlab.sync.stress import bad_video, cover_face, turn_face
@@ -141,7 +141,7 @@ def made_clip(
 
 # %% ../../nbs/sync/04a_material.ipynb #a1a9a010
 def save_clip(
-    clip:Clip,
+    clip:Clip, # prepared
     path, # a .npz file
 ):
     "Write a prepared clip."

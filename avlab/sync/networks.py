@@ -36,7 +36,7 @@ def _published(path, changed_ns, device):
 
 def own_network(
     path=None, # a .safetensors file; the packed one unless given
-    device:str="auto",
+    device:str="auto", # where to compute
 )->Network:
     "Our own network."
     from avlab.core import pick_device
@@ -46,7 +46,7 @@ def own_network(
 
 def published_network(
     path=None, # a weights file; the published one unless given
-    device:str="auto",
+    device:str="auto", # where to compute
 )->Network:
     "SyncNet v2, fetched on first use where settings allow it."
     from avlab.core import pick_device
@@ -71,7 +71,7 @@ def _asked_for(folder, downloads):
 # %% ../../nbs/sync/05a_networks.ipynb #44c7a9db
 def networks(
     model:str="auto", # "auto", "avlab_sync", "syncnet_v2", or a weights file
-    device:str="auto",
+    device:str="auto", # where to compute
 )->tuple[Network|None, Network|None, str]: # our own kind, the published kind, why one of them is not there
     "The networks that a score uses."
     if model == "avlab_sync": return own_network(device=device), None, "only avlab_sync was asked for"
@@ -82,4 +82,8 @@ def networks(
         own = path.suffix == ".safetensors"
         return (own_network(path, device), None, f"only {path.name} was asked for") if own else (None, published_network(path, device), f"only {path.name} was asked for")
     try: return own_network(device=device), published_network(device=device), ""
-    except ModelMissing as e: return own_network(device=device), None, str(e)
+    except ModelMissing as e: return own_network(device=device), None, _short(e)
+
+def _short(e):
+    absent = "syncnet_v2 is not on this machine" in e.found
+    return "syncnet_v2, which gives them, is not on this machine: avlab weights fetch syncnet_v2" if absent else e.found

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import dataclasses
 from array import array
+from importlib import import_module
 import numpy as np
 
 # %% auto #0
@@ -148,7 +149,7 @@ class FaceGauge:
         follow=None, # a frame → FaceMesh or None; an avlab.faces.FaceFollower unless given
     ):
         if follow is None:
-            import mediapipe # said now when it is missing, not at the first frame
+            import_module("mediapipe") # said now when it is missing, not at the first frame
             from avlab.faces import FaceFollower
             follow = FaceFollower()
         self.follow, self.rows = follow, array("f")

@@ -6,8 +6,10 @@
 from __future__ import annotations
 import dataclasses, math, re
 from contextlib import contextmanager, suppress
+from fractions import Fraction
+from html import escape
 from pathlib import Path
-from ..container import MediaInfo, probe
+from ..container import probe
 from ..core import AvlabError, BadRequest, MediaError, atomic_path
 from .report import SyncReport
 
@@ -82,8 +84,6 @@ def _moved(c, copied, info, shift_ms, warm_s):
         yield k, kept
 
 # %% ../../nbs/sync/08_repair.ipynb #1f4526a4
-from fractions import Fraction
-
 @contextmanager
 def _both(src, part, kind):
     "The source to read and the new file to write; the trailer is written when the block ends well."
@@ -159,16 +159,15 @@ def _credentials(src, part, shift_ms):
 # %% ../../nbs/sync/08_repair.ipynb #d17716e7
 class Unsure(AvlabError): "An offset that is not certain enough to act on."
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class RepairReport(SyncReport):
     "The sync of the repaired file, and of the file it was made from."
     before: SyncReport # of the source
     shift_ms: float # by which the sound comes later; negative: earlier
     left_out: tuple = () # what the new file does not hold
 
-    def _repr_html_(self):
-        text = f"<b>{self.before.direction}</b> before, moved by {self.shift_ms:+.0f} ms, now <b>{self.direction}</b>"
-        return f"<div style='margin:4px 0'>{text}</div>{super()._repr_html_()}"
+    def __repr__(self): return f"{Path(self.path).name}: {self.before.direction} before, moved by {self.shift_ms:+.0f} ms, now {self.direction}"
+    def _repr_html_(self): return f"<div style='margin:4px 0'>{escape(repr(self))}</div>{super()._repr_html_()}"
 
 # %% ../../nbs/sync/08_repair.ipynb #9acbb7d8
 def fix_sync(
@@ -191,7 +190,9 @@ def fix_sync(
         for left in (1, 0):
             result, after = shift_audio(src, part, shift_ms), measure(part)
             if abs(after.offset_frames) <= 1: break
-            if not left: raise Unsure(f"{src}: moved by {shift_ms:+.0f} ms it is still {after.offset_frames:+d} frames off", "Nothing was written: look at its tracks.")
+            if not left:
+                found = f"moved by {shift_ms:+.0f} ms it is still {after.offset_frames:+d} frames off"
+                raise Unsure(f"{src}: {found}", "Nothing was written: look at its tracks.")
             shift_ms += float(after.offset_ms)
     fields = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)} | dict(path=str(dst))
     return RepairReport(**fields, before=before, shift_ms=shift_ms, left_out=result.left_out)
@@ -204,7 +205,8 @@ def _score(path, model, protocol, device, seed):
 def _sure(report, src, most):
     least = .5 if report.probability else 2.
     if report.confidence < least:
-        raise Unsure(f"{src}: an offset of {report.offset_frames:+d} frames was found with a confidence of {report.confidence:.2f} only (least: {least:g})",
-            "Nothing was written: shift_audio moves the sound by an amount of your own.")
-    if abs(report.offset_frames) > most: raise Unsure(f"{src}: an offset of {report.offset_frames:+d} frames is beyond {most}", "Raise max_offset_frames.")
+        found = f"an offset of {report.offset_frames:+d} frames was found with a confidence of {report.confidence:.2f} only"
+        raise Unsure(f"{src}: {found} (least: {least:g})", "Nothing was written: shift_audio moves the sound by an amount of your own.")
+    if abs(report.offset_frames) > most:
+        raise Unsure(f"{src}: an offset of {report.offset_frames:+d} frames is beyond {most}", "Raise max_offset_frames.")
     return report

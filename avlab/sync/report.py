@@ -36,6 +36,7 @@ class TrackReport:
     published: ShiftCurve|None = None # of the published weights
     frame_confidence: np.ndarray = dataclasses.field(repr=False) # (frames,) on the scale of `confidence`; nan where there is none
     frame_offset_ms: np.ndarray|None = dataclasses.field(default=None, repr=False) # (frames,) nan where there is none
+    distances: np.ndarray|None = dataclasses.field(default=None, repr=False) # (frames, 31) of our own network, nats; nan where nothing could be compared
     speaking: float # 0 … 1, share of the voiced frames in which this face carries the voice
     mouth: np.ndarray = dataclasses.field(repr=False) # (frames,) mouth opening, in mouth widths; nan where unseen
     loudness: np.ndarray = dataclasses.field(repr=False) # (frames,) RMS of the sound
@@ -143,7 +144,8 @@ def _number(x): return "–" if x is None or not np.isfinite(x) else f"{x:.2f}"
 
 def _no_lse(report): # why there is none, and the other warnings
     why = [w for w in report.warnings if w.startswith("LSE")]
-    return (why or ["LSE-D and LSE-C need the published weights (syncnet_v2), which were not used."])[0], [w for w in report.warnings if w not in why[:1]]
+    plain_why = "LSE-D and LSE-C need the published weights (syncnet_v2), which were not used."
+    return (why or [plain_why])[0], [w for w in report.warnings if w not in why[:1]]
 
 def _made_by(report):
     hashes = [f"{report.model} {report.weights_sha256[:8]}"]
@@ -178,14 +180,15 @@ _TONE = dict(sure="#1f9d74", likely="#d99a1c", uncertain="#9aa1b5")
 
 def _scale(value, low, high, top, colour, width=150): # a value on a scale, its usual range shaded
     at = lambda x: f"{100*min(max(x/top, 0), 1):.1f}%"
-    band = f"<i style='position:absolute;left:{at(low)};width:{100*(high - low)/top:.1f}%;height:6px;background:{colour};opacity:.22'></i>" if high else ""
+    band = f"<i style='position:absolute;left:{at(low)};width:{100*(high - low)/top:.1f}%;height:6px;background:{colour};opacity:.22'></i>"
     dot = f"<i style='position:absolute;left:calc({at(value)} - 5px);top:-2px;width:10px;height:10px;border-radius:5px;background:{colour}'></i>"
     return (f"<span style='position:relative;display:inline-block;width:{width}px;height:6px;border-radius:3px;background:{_LINE};"
         f"vertical-align:middle'>{band}{dot}</span>")
 
 def _bar(share, colour, width=150, height=8):
+    part = 100*min(max(np.nan_to_num(share), 0), 1)
     return (f"<span style='display:inline-block;width:{width}px;height:{height}px;border-radius:{height/2}px;background:{_LINE};overflow:hidden;"
-        f"vertical-align:middle'><i style='display:block;width:{100*min(max(np.nan_to_num(share), 0), 1):.0f}%;height:100%;background:{colour}'></i></span>")
+        f"vertical-align:middle'><i style='display:block;width:{part:.0f}%;height:100%;background:{colour}'></i></span>")
 
 # %% ../../nbs/sync/05_report.ipynb #9635406e
 def _spark(curve, colour, width=190, height=70): # the distance curve, small
@@ -219,10 +222,12 @@ def _face_rows(report): # one row a face
 def _lse_row(report):
     why, _ = _no_lse(report)
     if report.lse_d is None: return f"<span style='color:{_SOFT}'>{escape(why)}</span>"
-    both = "".join(f"<span style='white-space:nowrap;margin-right:22px'>{n} <b>{_number(v)}</b>&ensp;{_scale(v, *TYPICAL[k], 15 if k == 'lse_d' else 12, PALETTE[0], 110)}</span>"
-        for n, k, v in (("LSE-D", "lse_d", report.lse_d), ("LSE-C", "lse_c", report.lse_c)))
+    scales = ("LSE-D", report.lse_d, TYPICAL["lse_d"], 15), ("LSE-C", report.lse_c, TYPICAL["lse_c"], 12)
+    both = "".join(f"<span style='white-space:nowrap;margin-right:22px'>{name} <b>{_number(v)}</b>&ensp;{_scale(v, *usual, top, PALETTE[0], 110)}</span>"
+        for name, v, usual, top in scales)
     (d0, d1), (c0, c1) = TYPICAL.values()
-    return f"{both}<br><span style='color:{_SOFT};font-size:11.5px'>shaded: good sync with the published weights, LSE-D {d0}–{d1} (lower is closer), LSE-C {c0}–{c1} (higher is clearer)</span>"
+    said = f"shaded: good sync with the published weights, LSE-D {d0}–{d1} (lower is closer), LSE-C {c0}–{c1} (higher is clearer)"
+    return f"{both}<br><span style='color:{_SOFT};font-size:11.5px'>{said}</span>"
 
 # %% ../../nbs/sync/05_report.ipynb #1feb0d69
 @patch
@@ -233,15 +238,18 @@ def _repr_html_(
     sure = certainty(self.confidence, self.probability)
     tone, name = _TONE[sure], str(self.path).replace("\\", "/").rsplit("/", 1)[-1]
     under = " · ".join(filter(None, [_frames(self.offset_frames), _between(self.main.interval_ms)]))
-    notes = "".join(f"<div style='border-left:3px solid {PALETTE[4]};background:#fdf6e7;padding:4px 10px;margin-top:6px;border-radius:0 5px 5px 0'>{escape(w)}</div>" for w in _no_lse(self)[1])
+    note = f"border-left:3px solid {PALETTE[4]};background:#fdf6e7;padding:4px 10px;margin-top:6px;border-radius:0 5px 5px 0"
+    notes = "".join(f"<div style='{note}'>{escape(w)}</div>" for w in _no_lse(self)[1])
+    big = f"font-size:25px;line-height:1.25;font-weight:650;letter-spacing:-.01em;margin:2px 0;color:{_SOFT if sure == 'uncertain' else INK}"
+    foot = f"border-top:1px solid {_LINE};margin-top:12px;padding-top:7px;color:{_SOFT};font-size:11.5px"
     bar = _bar(self.confidence/(1 if self.probability else 10), tone)
-    return f"""<div style='max-width:660px;border:1px solid {_LINE};border-radius:12px;padding:16px 20px 12px;margin:6px 0;background:#fff;color:{INK};
-font:13px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;text-align:left'>
+    return f"""<div style='max-width:660px;border:1px solid {_LINE};border-radius:12px;padding:16px 20px 12px;margin:6px 0;background:#fff;
+color:{INK};font:13px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;text-align:left'>
 <div style='display:flex;flex-wrap:wrap;gap:8px 20px;justify-content:space-between;align-items:flex-start'><div style='flex:1 1 0;min-width:230px'>
 <div style='color:{_SOFT};font-size:12px'>{escape(name)} · {self.duration_s:.1f} s · {self.fps:g} fps</div>
-<div style='font-size:25px;line-height:1.25;font-weight:650;letter-spacing:-.01em;margin:2px 0;color:{_SOFT if sure == 'uncertain' else INK}'>{words(self)}</div>
+<div style='{big}'>{words(self)}</div>
 <div style='color:{_SOFT}'>{under}</div></div>{_spark(self.main.curve, PALETTE[0])}</div>
 <div style='margin-top:12px'>confidence <b>{_number(self.confidence)}</b>&ensp;{bar}&ensp;<b style='color:{tone}'>{sure}</b><br>
 <span style='color:{_SOFT};font-size:11.5px'>{SCALE[self.probability][2]}</span></div>
 <div style='margin-top:8px'>{_lse_row(self)}</div>{_face_rows(self)}{notes}
-<div style='border-top:1px solid {_LINE};margin-top:12px;padding-top:7px;color:{_SOFT};font-size:11.5px'>{escape(' · '.join(_made_by(self)))}</div></div>"""
+<div style='{foot}'>{escape(' · '.join(_made_by(self)))}</div></div>"""

@@ -82,7 +82,7 @@ def signs(
         depth = np.nanmedian(np.where(np.isfinite(d), d, np.nan), -1) - low
         lead = np.where(far, d, np.inf).min(-1) - low
     depth, lead = (np.nan_to_num(np.clip(v, 0, 10)) for v in (depth, lead))
-    n = np.maximum(np.asarray(frames, float), 1)
+    n = np.broadcast_to(np.maximum(np.asarray(frames, float), 1), low.shape)
     return np.stack([np.ones_like(low), depth, lead, depth*np.sqrt(n), lead*np.sqrt(n), np.log(n)], -1)
 
 def probability(
@@ -119,6 +119,7 @@ def _own_part(track, sound, own, keep, seed):
     low, high = bootstrap_offset(d, valid, seed=seed)
     return dict(curve=curve, offset_frames=curve.offset_frames, offset_ms=40.*curve.offset_frames, interval_ms=(40.*low, 40.*high),
         confidence=float(probability(curve.distance, valid.any(1).sum(), weights)), frame_offset_ms=40.*local,
+        distances=np.where(valid, d, np.nan).astype(np.float16),
         frame_confidence=np.where(np.abs(local - curve.offset_frames) <= 1, probability(lows, n, weights), 1 - probability(lows, n, weights)))
 
 def _published_part(path, track, info, net, proto, blocks, seed):

@@ -4,37 +4,131 @@
 
 # %% ../../nbs/sync/07_speaker.ipynb #b3a231e6
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import numpy as np
-from ..core import BadRequest
+from ..core import BadRequest, NoFace
 
 # %% auto #0
-__all__ = ['speaking', 'shares']
+__all__ = ['NEAR', 'UNSEEN', 'NOBODY', 'HANDOVER', 'IN_PAUSE', 'film_offset', 'fit', 'path', 'carries', 'speaking', 'shares',
+           'Speakers', 'speakers']
 
 # %% ../../nbs/sync/07_speaker.ipynb #26283819
+NEAR = 2 # frames either side of the film's offset at which mouth and voice may still meet
+UNSEEN = -4. # nats; the fit of a face that is not there
+
+def film_offset(
+    distances, # for each face (frames, 2 v + 1) on the film's clock, nan where nothing could be compared
+)->int: # frames; positive: audio leads
+    "The one offset at which the faces together are least surprising."
+    d = np.concatenate([np.asarray(x, np.float32) for x in distances])
+    there = np.isfinite(d)
+    mean = np.where(there, np.minimum(d, 6), 0).sum(0)/np.maximum(there.sum(0), 1)
+    return int(np.where(there.any(0), mean, np.inf).argmin()) - d.shape[1]//2
+
+def fit(
+    distances, # for each face (frames, 2 v + 1) on the film's clock
+    offset:int, # frames, of the film
+)->np.ndarray: # (frames, faces) nats, 0 is perfect
+    "How well each mouth fits the voice, frame by frame."
+    v = distances[0].shape[1]//2
+    near = slice(max(0, offset + v - NEAR), offset + v + NEAR + 1)
+    d = np.stack([np.asarray(x[:, near], np.float32) for x in distances], 1)
+    there = np.isfinite(d)
+    likely = np.where(there, np.exp(-np.where(there, d, 0)), 0).sum(-1)/np.maximum(there.sum(-1), 1)
+    return np.where(there.any(-1), np.log(np.maximum(likely, np.exp(UNSEEN))), UNSEEN)
+
+# %% ../../nbs/sync/07_speaker.ipynb #21343530
+NOBODY = -2.7 # nats a frame; a mouth that fits worse has another's voice. A guess among 31 shifts is −3.4
+HANDOVER, IN_PAUSE = 8., 1. # nats that a change of speaker costs while a voice is heard, and in a pause
+
+def path(
+    evidence:np.ndarray, # (frames, states) log-likelihood
+    cost:np.ndarray, # (frames,) of changing state at that frame
+)->np.ndarray: # (frames,) int
+    "The most likely states."
+    n, states = evidence.shape
+    best, came = evidence[0].copy(), np.zeros((n, states), int)
+    for i in range(1, n):
+        top = best.argmax()
+        came[i] = np.where(best >= best[top] - cost[i], np.arange(states), top)
+        best = np.maximum(best, best[top] - cost[i]) + evidence[i]
+    out = np.empty(n, int)
+    out[-1] = best.argmax()
+    for i in range(n - 1, 0, -1): out[i - 1] = came[i, out[i]]
+    return out
+
+def carries(
+    fits:np.ndarray, # (frames, faces) from `fit`
+    voiced:np.ndarray, # (frames,) bool: there is a voice
+)->np.ndarray: # (frames,) index of the face; −1: nobody in the picture, or no voice
+    "Whose voice it is."
+    e = np.concatenate([fits, np.full((len(fits), 1), NOBODY)], 1)*voiced[:, None]
+    who = path(e, np.where(voiced, HANDOVER, IN_PAUSE))
+    return np.where(voiced & (who < fits.shape[1]), who, -1)
+
+# %% ../../nbs/sync/07_speaker.ipynb #9df388d6
+def _on_film(x, first, frames, nothing): # rows of a track on the film's clock
+    out = np.full((frames, *x.shape[1:]), nothing, x.dtype)
+    out[first:first + len(x)] = x[:max(0, frames - first)]
+    return out
+
 def speaking(
     tracks, # of a `SyncReport`, all of one film
     frames:int|None=None, # of the film at 25 fps; up to the last track's end unless given
-    least:float=.5, # confidence below which nobody in the picture speaks
-)->np.ndarray: # (frames,) index of the speaking track; −1: nobody in the picture
+)->np.ndarray: # (frames,) index of the speaking track; −1: nobody in the picture, or no voice
     "The face that carries the voice, frame by frame."
+    if not tracks: raise BadRequest("no track was given, so nobody can be speaking", "Pass a report's tracks.")
     n = frames or max(round(t.end_s*25) for t in tracks)
-    score, voiced = np.full((len(tracks), n), -np.inf), np.zeros(n, bool)
-    for row, t in zip(score, tracks):
-        a = round(t.start_s*25)
-        here = np.nan_to_num(t.frame_confidence[:n - a], nan=-np.inf)
-        row[a:a + len(here)] = here
-        voiced[a:a + len(here)] |= t.voiced[:n - a]
-    return np.where(voiced & (score.max(0) > least), score.argmax(0), -1)
+    first = [round(t.start_s*25) for t in tracks]
+    voiced = np.any([_on_film(t.voiced, a, n, False) for t, a in zip(tracks, first)], 0)
+    if any(t.distances is None for t in tracks): return _by_confidence(tracks, first, voiced)
+    d = [_on_film(t.distances, a, n, np.nan) for t, a in zip(tracks, first)]
+    return carries(fit(d, film_offset(d)), voiced)
+
+def _by_confidence(tracks, first, voiced):
+    sure = np.stack([_on_film(np.nan_to_num(t.frame_confidence, nan=-1), a, len(voiced), -1) for t, a in zip(tracks, first)])
+    return np.where(voiced & (sure.max(0) > 0), sure.argmax(0), -1)
 
 def shares(
     tracks, # of one film
-)->list: # the same tracks, `speaking` filled in: share of the voiced frames of the track in which it speaks
+)->list: # the same tracks, `speaking` filled in: share of the track's voiced frames in which it speaks
     "How much of the voice each face carries."
-    who = speaking(tracks, least=.5 if all(0 <= np.nanmax(t.frame_confidence) <= 1 for t in tracks) else 0.)
-    out = []
+    who, out = speaking(tracks), []
     for k, t in enumerate(tracks):
-        a = round(t.start_s*25)
-        here = who[a:a + len(t.voiced)] == k
+        here = who[(a := round(t.start_s*25)):a + len(t.voiced)] == k
         out.append(replace(t, speaking=float(here[t.voiced[:len(here)]].mean()) if t.voiced.any() else 0.))
     return out
+
+# %% ../../nbs/sync/07_speaker.ipynb #3a9f8dfd
+@dataclass(frozen=True)
+class Speakers:
+    "Who is in the film, and who speaks when."
+    faces: tuple = field(repr=False) # of avlab.sync.follow.Track, longest first
+    who: np.ndarray = field(repr=False) # (frames,) index of the face; −1: nobody in the picture, or no voice
+    voiced: np.ndarray = field(repr=False) # (frames,) bool
+    fit: np.ndarray = field(repr=False) # (frames, faces) nats
+    offset_frames: int # of the film; positive: audio leads
+    @property
+    def turns(self)->list: # of (index of the face, from, to) in seconds, in order
+        from avlab.sync.report import stretches
+        return sorted(((k, a, b) for k in range(len(self.faces)) for a, b in stretches(self.who == k)), key=lambda t: t[1])
+
+def speakers(
+    path, # a film with faces and a voice
+    *,
+    device:str="auto", # where to compute
+    max_faces:int=4, # the largest are followed
+)->Speakers:
+    "Follow the faces and find the voice's owner."
+    from avlab.media import read_audio_blocks, read_frames
+    from avlab.sync.follow import follow_faces, follow_sound
+    from avlab.sync.networks import own_network
+    from avlab.sync.score import surprise
+    own = own_network(device=device)
+    faces, n = follow_faces(read_frames(path, fps=25), own.net, max_faces=max_faces, shortest=25)
+    if not faces: raise NoFace(f"{path}: no face was followed for a second", "Choose a clip in which a face is seen.")
+    sound = follow_sound(read_audio_blocks(path, block_s=12.), own.net)
+    pairs = [surprise(t.embedding, sound.embedding, t.first, own.facts["scale"]) for t in faces]
+    d = [_on_film(np.where(valid, x, np.nan), t.first, n, np.nan) for (x, valid), t in zip(pairs, faces)]
+    fits, voiced = fit(d, offset := film_offset(d)), _on_film(sound.speech > .5, 0, n, False)
+    return Speakers(tuple(faces), carries(fits, voiced), voiced, fits, offset)

@@ -31,7 +31,7 @@ def with_noise(
 def babble(
     voices:Sequence[np.ndarray], # recordings, each at least `samples` long
     samples:int, # wanted
-    seed:int=0,
+    seed:int=0, # of what is drawn
     speakers:int=6, # that talk at once
 )->np.ndarray: # (samples,) float32, of level 1
     "Several voices at once, equally loud."
@@ -47,7 +47,7 @@ def room(
     audio:np.ndarray, # (samples,) in [-1, 1]
     sample_rate:int, # Hz
     rt60_s:float=.6, # time after which the tail is 60 dB down, seconds
-    seed:int=0,
+    seed:int=0, # of what is drawn
 )->np.ndarray: # (samples,) float32
     "The same sound in a reverberant room."
     from scipy.signal import fftconvolve

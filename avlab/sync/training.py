@@ -28,8 +28,8 @@ def stretched(
     return x[i]*(1 - a) + x[(i + 1).clamp(max=len(x) - 1)]*a
 
 def cut_clip(
-    clip:Clip,
-    rng:np.random.Generator,
+    clip:Clip, # prepared
+    rng:np.random.Generator, # draws the piece
     frames:int=60, # wanted
     lag_frames:float=0., # by how much the clip's sound comes late
 )->tuple: # pictures (frames, 80, 112) 0 … 1, points (frames, 52, 2), sound (frames * 640,)
@@ -45,10 +45,10 @@ def cut_clip(
     return picture_at, stretched(torch.as_tensor(view.points), at), stretched(torch.as_tensor(voice).float()/32768, sound_at.clamp(0, len(voice) - 1))
 
 def make_batch(
-    clips:Sequence[Clip],
-    rng:np.random.Generator,
+    clips:Sequence[Clip], # one a row of the batch
+    rng:np.random.Generator, # draws the piece
     bank:list, # recordings (samples,) int16 that talk over it
-    frames:int=60,
+    frames:int=60, # of each
     lags:Sequence[float]|None=None, # frames, one a clip
 )->tuple: # pictures (clips, frames, 40, 56), points (clips, frames, 208), rows (clips, 4 * frames, 64)
     "Clips, cut and spoiled, as the network takes them."
@@ -63,14 +63,14 @@ SHIFTS, EDGE = 15, 5
 
 def diagonals(
     S:torch.Tensor, # (clips, frames, frames)
-    shifts:int=SHIFTS,
+    shifts:int=SHIFTS, # to either side
 )->torch.Tensor: # (clips, frames − 2 shifts, 2 shifts + 1): column k compares with the frame k − shifts further on
     "The band around the diagonal, straightened."
     t, o = torch.arange(shifts, S.shape[1] - shifts), torch.arange(-shifts, shifts + 1)
     return S[:, t[:, None], t[:, None] + o[None]]
 
 def offset_loss(
-    net:SyncTowers,
+    net:SyncTowers, # whose scale counts
     S:torch.Tensor, # (clips, frames, frames)
 )->torch.Tensor:
     "Frames find their frame, windows find their offset."
@@ -87,7 +87,7 @@ def offset_loss(
     return lost
 
 def sync_loss(
-    net:SyncTowers,
+    net:SyncTowers, # whose scale counts
     face:torch.Tensor, # (clips, frames, 2 * size)
     voice:torch.Tensor, # (clips, frames, 2 * size)
 )->torch.Tensor:
@@ -101,7 +101,7 @@ def sync_loss(
 
 # %% ../../nbs/sync/04c_training.ipynb #e2afc0e0
 def train(
-    net:SyncTowers,
+    net:SyncTowers, # new, or from an earlier round
     clips:Sequence[Clip], # to learn from
     weights:np.ndarray, # (clips,) how often each is drawn
     bank:list, # recordings (samples,) int16 that talk over it
@@ -112,7 +112,7 @@ def train(
     frames:int=60, # of each
     rate:float=2e-3, # highest learning rate
     lags:np.ndarray|None=None, # (clips,) frames by which each clip's sound comes late
-    seed:int=0,
+    seed:int=0, # of everything drawn
     report:Callable|None=None, # called every half minute with step, share done, mean loss and the mean network
 )->SyncTowers: # the running mean, in evaluation mode
     "Train the towers."
@@ -131,7 +131,7 @@ def train(
         loss = sync_loss(net, face, voice)
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
-        opt.step(); step += 1; losses.append(float(loss))
+        opt.step(); step += 1; losses.append(loss.item())
         follow(mean, net, min(.995, (step + 1)/(step + 10)))
         if report and (time.monotonic() - said > 30 or step == steps): said = time.monotonic(); report(step, share, float(np.mean(losses[-50:])), mean)
     return mean.eval()
