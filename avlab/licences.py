@@ -14,7 +14,7 @@ __all__ = ['KNOWN', 'licence_of', 'requirements', 'licence_page']
 
 # %% ../nbs/05a_licences.ipynb #3ff72f80
 KNOWN = {
-    "pyworld": "MIT (its repository; WORLD itself: modified BSD)", "pocketsphinx": "BSD-2-Clause (CMU Sphinx)",
+    "pyworld-prebuilt": "MIT (its repository; WORLD itself: modified BSD)", "pocketsphinx": "BSD-2-Clause (CMU Sphinx)",
     "insightface": "MIT (code only; its models are not)",
     "espeakng-loader": "not stated; the library it carries, espeak-ng, is GPL-3.0-or-later",
     "av": "BSD-3-Clause; its wheels carry FFmpeg (LGPL-3.0-or-later) and x264 (GPL-2.0-or-later)",
@@ -90,7 +90,7 @@ def licence_page(
     size = lambda w: size_text(w.bytes).removeprefix("size ")
     models = [f"| [{w.name}]({w.source}) | `{w.file}` | {w.instrument} | {size(w)} | {w.licence} |" for w in manifest().values()]
     return "\n".join([HEAD, "## Packages\n", "| package | needed by | licence |", "|---|---|---|", *rows,
-        "\n## Models\n", "None is part of avlab. Those from installed packages come with them; the others are put in place or fetched by",
+        "\n## Models\n", "avlab_sync is our own and comes along; none of the others is part of avlab. Those from installed packages come with them; the others are put in place or fetched by",
         "whoever accepts their terms. `auto` is set for one file only, syncnet_v2.\n",
         "| model | file | instrument | size | licence |", "|---|---|---|---|---|", *models,
         "\n## Portraits\n", SHOWN, ""])

@@ -9,7 +9,7 @@ import numpy as np
 from ..core import BadRequest, NoFace
 
 # %% auto #0
-__all__ = ['NEAR', 'UNSEEN', 'NOBODY', 'HANDOVER', 'IN_PAUSE', 'film_offset', 'fit', 'path', 'carries', 'speaking', 'shares',
+__all__ = ['NEAR', 'UNSEEN', 'NOBODY', 'HANDOVER', 'IN_PAUSE', 'film_offset', 'fit', 'likeliest', 'carries', 'speaking', 'shares',
            'Speakers', 'speakers']
 
 # %% ../../nbs/sync/07_speaker.ipynb #26283819
@@ -41,11 +41,11 @@ def fit(
 NOBODY = -2.7 # nats a frame; a mouth that fits worse has another's voice. A guess among 31 shifts is −3.4
 HANDOVER, IN_PAUSE = 8., 1. # nats that a change of speaker costs while a voice is heard, and in a pause
 
-def path(
+def likeliest(
     evidence:np.ndarray, # (frames, states) log-likelihood
     cost:np.ndarray, # (frames,) of changing state at that frame
 )->np.ndarray: # (frames,) int
-    "The most likely states."
+    "The most likely path through the states."
     n, states = evidence.shape
     best, came = evidence[0].copy(), np.zeros((n, states), int)
     for i in range(1, n):
@@ -63,7 +63,7 @@ def carries(
 )->np.ndarray: # (frames,) index of the face; −1: nobody in the picture, or no voice
     "Whose voice it is."
     e = np.concatenate([fits, np.full((len(fits), 1), NOBODY)], 1)*voiced[:, None]
-    who = path(e, np.where(voiced, HANDOVER, IN_PAUSE))
+    who = likeliest(e, np.where(voiced, HANDOVER, IN_PAUSE))
     return np.where(voiced & (who < fits.shape[1]), who, -1)
 
 # %% ../../nbs/sync/07_speaker.ipynb #9df388d6
