@@ -46,7 +46,7 @@ class TrackReport:
         return direction(self.offset_ms)
 
 # %% ../../nbs/sync/05_report.ipynb #66667efb
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class SyncReport:
     "The sync of a clip, and what measured it."
     path: str # the clip
@@ -65,6 +65,7 @@ class SyncReport:
     warnings: tuple = () # of str
     seconds: float = 0. # spent
     seed: int = 0 # of the bootstrap
+    def __repr__(self): return f"SyncReport({self.path.rsplit('/', 1)[-1]}: {self.direction}, confidence {self.confidence:.2f}, {self.model}, {self.protocol})"
     @property
     def main(self)->TrackReport: # the face that carries the voice
         return self.tracks[0]
