@@ -148,19 +148,19 @@ def curve_svg(
     height:int=150, # pixels
 )->str:
     "The distance curve, and where the slider stands on it."
-    c, foot = report.main.curve, height - 34
+    c, foot = report.main.curve, height - 38
     x = np.interp(c.shifts, [-VSHIFT, VSHIFT], [24, _WIDE - 24])
     y = np.interp(c.distance, [np.nanmin(c.distance), np.nanmax(c.distance)], [foot - 8, 14])
     line = " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, y) if np.isfinite(b))
     k, best = shift + VSHIFT, report.offset_frames + VSHIFT
-    words = lambda a, text, anchor="middle", colour=_SOFT: f"<text x='{a:.0f}' y='{height - 16}' font-size='12' fill='{colour}' text-anchor='{anchor}'>{text}</text>"
+    words = lambda a, text, anchor="middle", colour=_SOFT: f"<text x='{a:.0f}' y='{height - 20}' font-size='12' fill='{colour}' text-anchor='{anchor}'>{text}</text>"
     ticks = "".join(words(x[i + VSHIFT], f"{40*i:+d}".replace("-", "−") if i else "0") for i in (-10, -5, 0, 5, 10))
     here = "" if not np.isfinite(y[k]) else f"<circle cx='{x[k]:.0f}' cy='{y[k]:.1f}' r='7' fill='{PALETTE[1]}' stroke='#fff' stroke-width='2'/>"
     return (f"<svg viewBox='0 0 {_WIDE} {height}' style='width:100%;max-width:{_WIDE}px;display:block' role='img' aria-label='distance over shift'>"
         f"<line x1='24' x2='{_WIDE - 24}' y1='{foot}' y2='{foot}' stroke='{_RULE}'/><line x1='{x[best]:.0f}' x2='{x[best]:.0f}' y1='8' y2='{foot}' stroke='{PALETTE[2]}' stroke-width='1.5' stroke-dasharray='4 4'/>"
         f"<line x1='{x[k]:.0f}' x2='{x[k]:.0f}' y1='8' y2='{foot}' stroke='{PALETTE[1]}' stroke-width='1.2'/><polyline points='{line}' fill='none' stroke='{PALETTE[0]}' stroke-width='2.2' stroke-linejoin='round'/>"
-        f"{here}{ticks}<text x='24' y='{height - 1}' font-size='12' fill='{_SOFT}'>← sound earlier</text><text x='{_WIDE/2}' y='{height - 1}' font-size='12' fill='{_SOFT}' text-anchor='middle'>ms; low: mouth and voice agree</text>"
-        f"<text x='{_WIDE - 24}' y='{height - 1}' font-size='12' fill='{_SOFT}' text-anchor='end'>sound later →</text></svg>")
+        f"{here}{ticks}<text x='24' y='{height - 5}' font-size='12' fill='{_SOFT}'>← sound earlier</text><text x='{_WIDE/2}' y='{height - 5}' font-size='12' fill='{_SOFT}' text-anchor='middle'>ms; low: mouth and voice agree</text>"
+        f"<text x='{_WIDE - 24}' y='{height - 5}' font-size='12' fill='{_SOFT}' text-anchor='end'>sound later →</text></svg>")
 
 # %% ../../nbs/sync/10_explorer.ipynb #4adb5408
 def state_html(
@@ -294,10 +294,10 @@ def _handed_on(f):
     def call(*args):
         import gradio as gr
         try: return f(*args)
-        except AvlabError as e: raise gr.Error(str(e), title="This film can't be measured", print_exception=False) from None
+        except AvlabError as e: raise gr.Error(str(e), print_exception=False) from None
         except Exception as e:
             line = " ".join(str(e).split())[:200]
-            raise gr.Error(f"{type(e).__name__}: {line}", title="Something unexpected happened", print_exception=False) from None
+            raise gr.Error(f"{type(e).__name__}: {line}", print_exception=False) from None
     return call
 
 # %% ../../nbs/sync/10_explorer.ipynb #b7cce87d

@@ -126,9 +126,10 @@ def _published_part(path, track, info, net, proto, blocks, seed):
     from avlab.crops import sync_crop
     from avlab.media import read_audio, read_frames
     from avlab.sync.syncnet import embed_audio, embed_video
-    start, stop = (track.first/25, (track.first + len(track))/25) if track is not None else (0., None)
+    cut = proto.crop == "face"
+    start, stop = (track.first/25, (track.first + len(track))/25) if cut else (0., None)
     frames = read_frames(path, fps=25, start=start, stop=stop)
-    crops = sync_crop(_exactly(frames, len(track)), track.boxes) if proto.crop == "face" else frames
+    crops = sync_crop(_exactly(frames, len(track)), track.boxes) if cut else frames
     video, audio = embed_video(net.net, crops), embed_audio(net.net, blocks(start, stop))
     n = min(len(video), len(audio))
     d = shift_distances(video[:n], audio[:n])
@@ -136,9 +137,10 @@ def _published_part(path, track, info, net, proto, blocks, seed):
     real, padded = shift_curve(d, valid), shift_curve(d)
     counted = padded if proto.padded else real
     low, high = bootstrap_offset(d, None if proto.padded else valid, seed=seed)
+    sure = frame_confidence(d, counted.offset_frames, valid=None if proto.padded else valid)[0 if cut else track.first:]
     return dict(published=counted, lse_d=counted.minimum, lse_c=counted.confidence, lse_d_padded=padded.minimum, lse_c_padded=padded.confidence), dict(
         curve=counted, offset_frames=counted.offset_frames, offset_ms=40.*counted.offset_frames, interval_ms=(40.*low, 40.*high),
-        confidence=counted.confidence, frame_confidence=frame_confidence(d, counted.offset_frames, valid=None if proto.padded else valid))
+        confidence=counted.confidence, frame_confidence=np.pad(sure, (0, max(0, len(track) - len(sure))), constant_values=np.nan)[:len(track)])
 
 def _exactly(frames, n):
     k, last = 0, None
