@@ -137,15 +137,16 @@ def fit_confidence(
     curves:np.ndarray, # (n, 31) mean distances
     frames:np.ndarray, # (n,) how many frames each is the mean of
     right:np.ndarray, # (n,) bool: the lowest distance is within one frame of the truth
+    weight:np.ndarray|None=None, # (n,) how much each counts
     ridge:float=1e-2, # holds the numbers small
-)->np.ndarray: # (6,) for `probability`
+)->np.ndarray: # (5,) for `probability`
     "Fit the logistic curve by Newton's method."
     x, y = signs(curves, frames), np.asarray(right, float)
-    w = np.zeros(x.shape[1])
+    w, count = np.zeros(x.shape[1]), np.ones(len(y)) if weight is None else np.asarray(weight, float)/np.mean(weight)
     for _ in range(60):
         p = 1/(1 + np.exp(-np.clip(x @ w, -30, 30)))
-        grad = x.T @ (p - y)/len(y) + ridge*w*[0, *[1e-2]*(len(w) - 1)]
-        hess = (x*(p*(1 - p))[:, None]).T @ x/len(y) + np.diag([1e-9, *[ridge*1e-2]*(len(w) - 1)])
+        grad = x.T @ (count*(p - y))/len(y) + ridge*w*[0, *[1e-2]*(len(w) - 1)]
+        hess = (x*(count*p*(1 - p))[:, None]).T @ x/len(y) + np.diag([1e-9, *[ridge*1e-2]*(len(w) - 1)])
         w -= np.linalg.solve(hess + 1e-8*np.eye(len(w)), grad)
     return w
 

@@ -105,6 +105,7 @@ def follow_faces(
     with FaceTracker(max_faces, bridge=gap) as tracker:
         for k, frame in enumerate(frames):
             here = {f.id: f.mesh for f in tracker(frame)}
+            tracker.search_every = SYNC_FPS if here else SYNC_FPS//2
             for i in here.keys() - open_.keys(): open_[i] = [_Face(i, k, towers), k]
             for i, (face, _) in open_.items():
                 face.add(here.get(i), frame)

@@ -72,7 +72,7 @@ def surprise(
 def signs(
     distance:np.ndarray, # (…, 31) mean distances; nan where nothing could be compared
     frames, # (…) how many frames they are the mean of
-)->np.ndarray: # (…, 6): 1, depth, lead, both again times the square root of the frames, the logarithm of the frames
+)->np.ndarray: # (…, 5): 1, depth, lead, the lowest distance, the logarithm of the frames
     "What a curve says about its own offset."
     d = np.where(np.isfinite(distance), distance, np.inf)
     at = d.argmin(-1)[..., None]
@@ -81,14 +81,14 @@ def signs(
     with np.errstate(invalid="ignore"):
         depth = np.nanmedian(np.where(np.isfinite(d), d, np.nan), -1) - low
         lead = np.where(far, d, np.inf).min(-1) - low
-    depth, lead = (np.nan_to_num(np.clip(v, 0, 10)) for v in (depth, lead))
+    depth, lead, low = (np.nan_to_num(np.clip(v, 0, 10), nan=10.) for v in (depth, lead, low))
     n = np.broadcast_to(np.maximum(np.asarray(frames, float), 1), low.shape)
-    return np.stack([np.ones_like(low), depth, lead, depth*np.sqrt(n), lead*np.sqrt(n), np.log(n)], -1)
+    return np.stack([np.ones_like(low), depth, lead, low, np.log(n)], -1)
 
 def probability(
     distance:np.ndarray, # (…, 31)
     frames, # (…)
-    weights, # (6,) of the logistic curve, from the network's facts
+    weights, # (5,) of the logistic curve, from the network's facts
 )->np.ndarray: # (…) 0 … 1
     "How likely it is that the lowest distance is right within one frame."
     return 1/(1 + np.exp(-np.clip(signs(distance, frames) @ np.asarray(weights, float), -30, 30)))
