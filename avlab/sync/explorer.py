@@ -93,7 +93,7 @@ def _uri(rgb, quality=80):
 
 @lru_cache(64)
 def strip_html(
-    slide:Slide,
+    slide:Slide, # from `slide_of`
     moment:int, # frame in the middle
     step:int=2, # frames between pictures
 )->str: # an <img>
@@ -122,7 +122,7 @@ def _sound_picture(slide, moment):
 def _at(frames): return _WIDE*(frames + _HALF)/(2*_HALF) # from the moment, to pixels
 
 def sound_svg(
-    slide:Slide,
+    slide:Slide, # from `slide_of`
     shift:int, # frames by which the sound was moved; positive: later
     moment:int, # frame in the middle
     height:int=130, # pixels
@@ -164,7 +164,7 @@ def curve_svg(
 
 # %% ../../nbs/sync/10_explorer.ipynb #4adb5408
 def state_html(
-    slide:Slide,
+    slide:Slide, # from `slide_of`
     shift:int=0, # frames by which the sound was moved; positive: later
     moment:int|None=None, # frame in the middle; the widest open mouth unless given
 )->str:
@@ -177,7 +177,7 @@ def state_html(
         f"{said}{strip_html(slide, moment)}{gap}{sound_svg(slide, shift, moment)}{gap}{curve_svg(slide.report, shift)}</div>")
 
 def loudest(
-    slide:Slide,
+    slide:Slide, # from `slide_of`
 )->int: # frame
     "The moment with the widest open mouth."
     return int(np.nanargmax(slide.mouth))
