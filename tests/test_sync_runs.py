@@ -43,7 +43,7 @@ def test_training(data, tmp_path):
     from avlab.sync.networks import own_network
 
     own = own_network(tmp_path / "out" / "avlab_sync.safetensors", "cpu")
-    assert len(own.facts["confidence"]) == 6 and own.facts["scale"] > 0
+    assert len(own.facts["confidence"]) == 5 and own.facts["scale"] > 0
 
 
 def test_evaluation(data, tmp_path):

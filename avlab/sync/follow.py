@@ -11,7 +11,7 @@ from ..core import BadRequest
 from .views import MEL_PER_FRAME, SYNC_FPS, level_rows, mel_rows, patch_of, view_of
 
 # %% auto #0
-__all__ = ['PIECE', 'BEFORE', 'BEHIND', 'Track', 'Sound', 'Pieces', 'follow_faces', 'follow_sound']
+__all__ = ['PIECE', 'BEFORE', 'BEHIND', 'Track', 'Sound', 'Pieces', 'ahead', 'follow_faces', 'follow_sound']
 
 # %% ../../nbs/sync/06_follow.ipynb #3920a83f
 @dataclass
@@ -68,6 +68,21 @@ class Pieces:
         self._flush(0)
         return np.concatenate(self.done) if self.done else np.zeros((0, 0), np.float16)
 
+# %% ../../nbs/sync/06_follow.ipynb #ee9365b0
+def ahead(
+    items, # anything that can be gone through; that happens in a thread of its own
+    most:int=8, # items that wait to be taken
+): # yields the same items in the same order
+    "Items made while those before them are in use."
+    from collections import deque
+    from concurrent.futures import ThreadPoolExecutor
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, source, end) for _ in range(most))
+        while (x := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield x
+
 # %% ../../nbs/sync/06_follow.ipynb #59c49636
 class _Face:
     def __init__(self, id, first, towers):
@@ -103,7 +118,7 @@ def follow_faces(
     from avlab.tracks import FaceTracker
     open_, closed, k = {}, [], -1
     with FaceTracker(max_faces, bridge=gap) as tracker:
-        for k, frame in enumerate(frames):
+        for k, frame in enumerate(ahead(frames)):
             here = {f.id: f.mesh for f in tracker(frame)}
             tracker.search_every = SYNC_FPS if here else SYNC_FPS//2
             for i in here.keys() - open_.keys(): open_[i] = [_Face(i, k, towers), k]
