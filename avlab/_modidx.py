@@ -786,6 +786,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'avlab.sync.follow._embed': ('sync/follow.html#_embed', 'avlab/sync/follow.py'),
                                    'avlab.sync.follow._embed_sound': ('sync/follow.html#_embed_sound', 'avlab/sync/follow.py'),
                                    'avlab.sync.follow._finished': ('sync/follow.html#_finished', 'avlab/sync/follow.py'),
+                                   'avlab.sync.follow.ahead': ('sync/follow.html#ahead', 'avlab/sync/follow.py'),
                                    'avlab.sync.follow.follow_faces': ('sync/follow.html#follow_faces', 'avlab/sync/follow.py'),
                                    'avlab.sync.follow.follow_sound': ('sync/follow.html#follow_sound', 'avlab/sync/follow.py')},
             'avlab.sync.material': { 'avlab.sync.material.Clip': ('sync/material.html#clip', 'avlab/sync/material.py'),
