@@ -11,7 +11,7 @@ from .facemesh import FaceMesh
 
 # %% auto #0
 __all__ = ['STEADY', 'STEADY_XY', 'boxes_of', 'bridge', 'smooth_path', 'sync_crop', 'similarity', 'mouth_motion', 'mouth_crops',
-           'mouth_crop']
+           'mouth_crop', 'moved']
 
 # %% ../nbs/03d_crops.ipynb #5182e57a
 def boxes_of(
@@ -139,7 +139,7 @@ def mouth_crops(
 )->Iterator[np.ndarray]: # uint8 (height, width, 3) or (height, width), one a frame
     "The mouth of a clip, upright, of one size and still, as a stream."
     path = mouth_motion(meshes, size, **motion)
-    return (_moved(f, m, size, grey) for f, m in _pairs(frames, path, "meshes"))
+    return (moved(f, m, size, grey) for f, m in _pairs(frames, path, "meshes"))
 
 def mouth_crop(
     frame:np.ndarray, # (height, width, 3) uint8 RGB
@@ -151,10 +151,17 @@ def mouth_crop(
 )->np.ndarray: # uint8 (height, width, 3) or (height, width)
     "The mouth of one frame, upright and of one size."
     if mesh is None: raise NoFace("mouth_crop() was given a frame without a face", "Skip it, or use mouth_crops(), which bridges gaps.")
-    return _moved(frame, mouth_motion([mesh], size, across=across)[0], size, grey)
+    return moved(frame, mouth_motion([mesh], size, across=across)[0], size, grey)
 
-def _moved(frame, m, size, grey):
+def moved(
+    frame:np.ndarray, # (height, width, 3) uint8 RGB
+    matrix:np.ndarray, # (2, 3) from frame pixels to crop pixels, of `mouth_motion`
+    size:tuple[int, int], # height and width, pixels
+    grey:bool=False, # True returns (height, width)
+)->np.ndarray: # uint8 (height, width, 3) or (height, width)
+    "A frame moved by its matrix; softened first where it is made much smaller."
     import cv2
+    m = matrix
     if grey: frame = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
     near = max(0, int(np.floor(1/(2*np.hypot(*m[:, 0])))))
     if near: frame = cv2.blur(frame, (2*near + 1,)*2)

@@ -45,7 +45,7 @@ def bad(material, tmp_path_factory):
 def calls(kind, file, out):
     "The commands that take such a file."
     if kind == "mp4":
-        return [["probe", file], ["faces", file, "--csv", out / "c.csv", "--plot", out / "c.svg"], ["sync", file], ["align", file, SENTENCE], ["verify", file]]
+        return [["probe", file], ["faces", file, "--csv", out / "c.csv", "--plot", out / "c.svg"], ["sync", file], ["lips", "read", file], ["align", file, SENTENCE], ["verify", file]]
     if kind == "jpg":
         return [["talk", file, SENTENCE, "-o", out / "clip.mp4"]]
     return [["run", file, "-o", out / "run"], ["sweep", file, "-p", "seed", "1,2", "-o", out / "sweep", "--workers", "1"]]

@@ -35,7 +35,8 @@ def named():
 @pytest.fixture(scope="module")
 def address(named):
     "The demo on a free port."
-    from avlab.sync.explorer import look, make_demo
+    from avlab.demo import look
+    from avlab.sync.explorer import make_demo
 
     demo = make_demo("avlab_sync")
     _, url, _ = demo.launch(prevent_thread_lock=True, server_name="127.0.0.1", server_port=free_port(), quiet=True, **look())

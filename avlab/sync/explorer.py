@@ -10,14 +10,15 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 import numpy as np
-from ..core import AvlabError, BadRequest, cached, key_of, write_atomic
+from ..core import BadRequest, cached, key_of
+from ..demo import bench, handed_on, look, on_bench
 from ..pictures import INK, PALETTE
 from .distance import VSHIFT, direction
 from .report import SyncReport, certainty
 
 # %% auto #0
 __all__ = ['EXAMPLE_MS', 'Slide', 'slide_of', 'moved', 'verdict', 'strip_html', 'sound_svg', 'curve_svg', 'state_html', 'loudest',
-           'Explorer', 'explore', 'example_clip', 'measured', 'repaired', 'look', 'make_demo']
+           'Explorer', 'explore', 'example_clip', 'measured', 'repaired', 'make_demo']
 
 # %% ../../nbs/sync/10_explorer.ipynb #3ec562c6
 @dataclass(frozen=True, eq=False)
@@ -232,19 +233,14 @@ def example_clip()->Path:
         save_talk(talk("collins", "we were away a year ago, and now we are home", size=384, offset_ms=EXAMPLE_MS, seed=3), part)
     return cached(key_of("sync example", 1, EXAMPLE_MS), make, kind="demo", suffix=".mp4")
 
-@lru_cache(1)
-def _bench():
-    from tempfile import TemporaryDirectory
-    return TemporaryDirectory(prefix="avlab-sync-") # goes when the process ends
-
 def _here(path, key, make):
     "A file in this process's own folder: what a browser may be given."
-    return cached(key, make, kind="demo", suffix=Path(path).suffix.lower(), folder=Path(_bench().name))
+    return cached(key, make, kind="demo", suffix=Path(path).suffix.lower(), folder=bench())
 
 def _fresh(path):
     "A name of its own for a repaired film."
     from tempfile import mkdtemp
-    return Path(mkdtemp(dir=_bench().name))/f"{path.stem}-in-sync{path.suffix.lower()}"
+    return Path(mkdtemp(dir=bench()))/f"{path.stem}-in-sync{path.suffix.lower()}"
 
 # %% ../../nbs/sync/10_explorer.ipynb #8c62bf2e
 def measured(
@@ -277,30 +273,6 @@ def repaired(
     return str(file), f"<p class='avlab-said'>It was: {r.before.direction}. The sound was moved by {r.shift_ms:+.0f} ms, the pictures were not touched. Now: {r.direction}.</p>"
 
 # %% ../../nbs/sync/10_explorer.ipynb #479d17dc
-_CSS = """.avlab-card, .avlab-figure {max-width: 700px; overflow-x: auto}
-.avlab-card table, .avlab-card tr, .avlab-card td {border: 0 !important}
-.avlab-figure svg {width: 100%; height: auto; min-width: 420px; background: #fff}
-.avlab-said {margin: 4px 0; font-weight: 600}
-footer {display: none !important}"""
-
-def look()->dict: # for `launch`
-    "Theme and style of the demo; nothing is loaded from elsewhere."
-    import gradio as gr
-    plain = "ui-sans-serif", "system-ui", "sans-serif"
-    return dict(theme=gr.themes.Soft(primary_hue="blue", neutral_hue="slate", font=plain, font_mono=("ui-monospace", "monospace")), css=_CSS, footer_links=[])
-
-def _handed_on(f):
-    "The same function, its errors as messages in the page."
-    def call(*args):
-        import gradio as gr
-        try: return f(*args)
-        except AvlabError as e: raise gr.Error(str(e), print_exception=False) from None
-        except Exception as e:
-            line = " ".join(str(e).split())[:200]
-            raise gr.Error(f"{type(e).__name__}: {line}", print_exception=False) from None
-    return call
-
-# %% ../../nbs/sync/10_explorer.ipynb #b7cce87d
 def make_demo(
     model:str="auto", # see `score_sync`
 ):  # gr.Blocks; launch it with `**look()`
@@ -322,7 +294,7 @@ def make_demo(
             done, words = repaired(path, model)
             return gr.File(done, visible=True), words
         once = dict(concurrency_limit=1, concurrency_id="film")
-        example.click(_handed_on(lambda: str(write_atomic(Path(_bench().name)/"example.mp4", example_clip().read_bytes()))), None, film, api_name=False, **once)
-        go.click(_handed_on(lambda path, n: measured(path, n, model)), [film, shift], [card, drawn], api_name="measure", **once)
-        fix.click(_handed_on(show_repaired), film, [file, said], api_name="repair", **once)
+        example.click(handed_on(lambda: on_bench(example_clip(), "example.mp4")), None, film, api_name=False, **once)
+        go.click(handed_on(lambda path, n: measured(path, n, model)), [film, shift], [card, drawn], api_name="measure", **once)
+        fix.click(handed_on(show_repaired), film, [file, said], api_name="repair", **once)
     return demo
