@@ -19,7 +19,7 @@ KNOWN = {
     "espeakng-loader": "not stated; the library it carries, espeak-ng, is GPL-3.0-or-later",
     "av": "BSD-3-Clause; its wheels carry FFmpeg (LGPL-3.0-or-later) and x264 (GPL-2.0-or-later)",
     "trackio": "MIT", "pyjwt": "MIT", "limits": "MIT", "aiortc": "BSD-3-Clause", "pysubs2": "MIT", "pyannote.metrics": "MIT",
-    "mir_eval": "MIT", "pyflakes": "MIT"}
+    "mir_eval": "MIT", "pyflakes": "MIT", "opencv-python": "Apache Software License"}
 
 def licence_of(
     package:str, # as on the package index
@@ -90,7 +90,7 @@ def licence_page(
     size = lambda w: size_text(w.bytes).removeprefix("size ")
     models = [f"| [{w.name}]({w.source}) | `{w.file}` | {w.instrument} | {size(w)} | {w.licence} |" for w in manifest().values()]
     return "\n".join([HEAD, "## Packages\n", "| package | needed by | licence |", "|---|---|---|", *rows,
-        "\n## Models\n", "avlab_sync is our own and comes along; none of the others is part of avlab. Those from installed packages come with them; the others are put in place or fetched by",
+        "\n## Models\n", "avlab_sync and avlab_lips are our own and come along; none of the others is part of avlab. Those from installed packages come with them; the others are put in place or fetched by",
         "whoever accepts their terms. `auto` is set for one file only, syncnet_v2.\n",
         "| model | file | instrument | size | licence |", "|---|---|---|---|---|", *models,
         "\n## Portraits\n", SHOWN, ""])

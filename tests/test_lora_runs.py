@@ -1,6 +1,5 @@
 "The language model's run notebooks, small, as `avlab run` executes them; and from the corpus to a reading."
 import json
-import time
 
 import pytest
 from conftest import ROOT, run_avlab
@@ -74,10 +73,9 @@ def test_evaluation(data, overfit, tmp_path):
 
 def test_refused_before_any_work(data, overfit, tmp_path):
     out, *_ = overfit
-    t = time.monotonic()
     told = executed("train_lora", tmp_path / "gated", ok=False, models=tmp_path / "none", dataset_dir=data)
     assert "ModelMissing" in told and "google/gemma-3n-E4B-it" in told and "hf auth login" in told
-    assert time.monotonic() - t < 120 and not (tmp_path / "gated" / "final-adapter").exists()
+    assert not (tmp_path / "gated" / "final-adapter").exists()
     told = executed("eval_lora", tmp_path / "four", ok=False, adapter_dir=out / "final-adapter", dataset_dir=data, quantize_4bit="true", device="cpu")
     assert "EngineUnavailable" in told and "need a CUDA GPU" in told
     told = executed("eval_lora", tmp_path / "bare", ok=False, models=tmp_path / "none", dataset_dir=data)

@@ -35,6 +35,7 @@ def test_the_run_notebook(data, tmp_path):
     said = m["bad_inputs"]
     assert "no speaker s33" in said["a speaker that is not here"] and "s21 has no video" in said["s21"] and "show no face" in said["a clip without a face"]
     assert "another sentence" in said["another speaker's alignments"] and "frames" in said["half a clip"]
+    assert "bridged" in said["a damaged block"]
     mosaics = list((tmp_path / "out/crew_1/grid/mosaics").rglob("*.jpg"))
     assert len(mosaics) == 4 and not list((tmp_path / "out/crew_1").rglob(".*.part*"))
     assert m["versions"]["mediapipe"] and m["engine"] and m["seed"] == 0

@@ -48,7 +48,6 @@ def read(
 )->int: # 0 only when every clip was read
     "The sentence a face says, its words with times and confidence."
     from avlab.lips.captions import save_transcripts
-    from avlab.lips.reader import read_lips
     found, done = clips_in(clips), []
     places = _places(found, srt, csv, text, annotate)
     options = {k: v for k, v in dict(adapter=adapter_dir, quantize_4bit=quantize_4bit or None).items() if v is not None}
@@ -218,7 +217,7 @@ def adapt(
 )->int: # 0 only when every film could be used
     "Teach the video reader another speaker."
     from avlab.app.sync_command import _check_place
-    from avlab.core import check_file, content_hash
+    from avlab.core import content_hash
     from avlab.lips.adapt import adapt_reader, check_clips, save_adapted
     from avlab.lips.reader import video_network
     _check_place(out, (".safetensors",))

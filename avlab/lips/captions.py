@@ -17,14 +17,14 @@ __all__ = ['WRITERS', 'to_text', 'to_json_lines', 'to_csv', 'to_subtitles', 'sav
 
 # %% ../../nbs/lips/11a_captions.ipynb #1dcc0073
 def to_text(
-    transcripts:Iterable[Transcript],
+    transcripts:Iterable[Transcript], # one a film
 )->str: # a line a film
     "The sentences; with several films, each behind its name."
     transcripts = list(transcripts)
     return "".join(f"{t.text}\n" if len(transcripts) == 1 else f"{t.path}\t{t.text}\n" for t in transcripts)
 
 def to_json_lines(
-    transcripts:Iterable[Transcript],
+    transcripts:Iterable[Transcript], # one a film
 )->str: # a line a film
     "Everything, as JSON."
     return "".join(json.dumps(t.to_json(), ensure_ascii=False) + "\n" for t in transcripts)
@@ -32,7 +32,7 @@ def to_json_lines(
 _COLUMNS = ("path", "word", "start_s", "end_s", "confidence", "alternative", "alternative_confidence", "sentence_confidence", "engine", "model", "method")
 
 def to_csv(
-    transcripts:Iterable[Transcript],
+    transcripts:Iterable[Transcript], # one a film
 )->str: # a header, and a row a word
     "A table for a spreadsheet."
     out = io.StringIO()

@@ -36,7 +36,6 @@ def control_lines(
     return [replace(l, image=lines[follows[k]].image) for k, l in enumerate(lines)]
 
 def _blank(lines, file):
-    from PIL import Image
     from avlab.lips.mosaic import read_mosaic, save_mosaic
     mean = np.mean([read_mosaic(l.image).mean((0, 1)) for l in lines[:32]], axis=0)
     file.parent.mkdir(parents=True, exist_ok=True)

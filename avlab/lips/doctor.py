@@ -97,7 +97,7 @@ def _judged(e):
     elif e["damaged"]: yield _warning("clips", name, e["damaged"], "The damage is bridged; look at it, or download it again.")
     elif n != GRID_FRAMES: yield _note("clips", name, f"{n} frames instead of {GRID_FRAMES}")
     if tuple(e["size"]) != (360, 288): yield _note("clips", name, f"{e['size'][0]}x{e['size'][1]} pixels instead of 360x288")
-    if abs(e["fps"] - GRID_FPS) > .1: yield _warning("clips", name, f"{e['fps']:.2f} frames a second instead of 25", "Word times count frames of 1/25 s.")
+    if abs(e["fps"] - GRID_FPS) > .1: yield _warning("clips", name, f"{e['fps']:.2f} frames a second instead of {GRID_FPS}", "Word times count those.")
     if not e["sound"]: yield _note("clips", name, "it has no sound to check its word times against")
 
 def _twins(examined):
@@ -106,7 +106,8 @@ def _twins(examined):
         same = defaultdict(list)
         for e in examined: same[group(e)].append(e["clip"])
         for clips in same.values():
-            if len(clips) > 1: yield _error("clips", ", ".join(clips[:4]), f"the same {what} {len(clips)} times", "One of them is in the wrong place.")
+            said = f"the same {what} {len(clips)} times"
+            if len(clips) > 1: yield _error("clips", ", ".join(clips[:4]), said, "One of them is in the wrong place.")
 
 # %% ../../nbs/lips/06_doctor.ipynb #56c28f8e
 def _alignments(clips):
@@ -163,7 +164,8 @@ def _mosaics(clips, grid):
         said = f"{len(lacking)} of {len(known)} clips have no mosaic"
         yield _warning("mosaics", ", ".join(lacking[:3]) + " …"*bool(lacking[3:]), said, "See what avlab grid mosaics says about them.")
     if cut_off := [p for folder in (grid.frames, grid.mouth_rois, grid.mosaics) for p in folder.glob("s*/.*.part*")]:
-        yield _note("mosaics", str(cut_off[0].parent), f"{len(cut_off)} unfinished files of a run that was cut off ({cut_off[0].name} …)", "They can be deleted.")
+        said = f"{len(cut_off)} unfinished files of a run that was cut off ({cut_off[0].name} …)"
+        yield _note("mosaics", str(cut_off[0].parent), said, "They can be deleted.")
 
 # %% ../../nbs/lips/06_doctor.ipynb #66bfbb08
 _REWRITE = "Write it again: avlab grid format."
@@ -193,7 +195,8 @@ def _lists(grid, splits):
         splits[split] = len(lines)
         for n, text in enumerate(lines, 1):
             if wrong := _line(text, split, seen): yield _error("lists", f"{path.name}, line {n}", wrong, _REWRITE)
-    if splits and (absent := [s for s in SPLITS if s not in splits]): yield _error("lists", grid.dataset(absent[0]).name, "the list is not there", _REWRITE)
+    for absent in SPLITS if splits else ():
+        if absent not in splits: yield _error("lists", grid.dataset(absent).name, "the list is not there", _REWRITE)
     if sum(splits.values()) >= 200: yield from _shares(splits)
 
 def _shares(splits, wanted=(.8, .1, .1)):

@@ -30,7 +30,7 @@ class Prediction:
 _COLUMNS = tuple(f.name for f in fields(Prediction))
 
 def save_predictions(
-    predictions:list[Prediction],
+    predictions:list[Prediction], # one a clip
     path, # a .csv file
 )->Path:
     "Write the table, in one step."
@@ -128,7 +128,7 @@ class Evaluation:
     def __repr__(self): return f"Evaluation({self.reader}: WER {self.wer:.1%} ({self.wer_interval[0]:.1%}–{self.wer_interval[1]:.1%}), {self.clips} clips)"
 
 def evaluate_predictions(
-    predictions:list[Prediction],
+    predictions:list[Prediction], # one a clip
     column:str="grammar", # greedy or grammar
     *,
     reader:str="", # its name in tables; the column unless given
@@ -176,7 +176,7 @@ def _repr_html_(self:Evaluation):
 
 def _marked(said, read):
     opposite = aligned_words([said], [read])[0][0]
-    return " ".join(escape(t) if o == t else f"<b style='color:#e0572f'>{escape(o or '–')}</b> ({escape(t)})" for t, o in zip(said.split(), opposite)).replace("</td>", "")
+    return " ".join(escape(t) if o == t else f"<b style='color:#e0572f'>{escape(o or '–')}</b> ({escape(t)})" for t, o in zip(said.split(), opposite))
 
 # %% ../../nbs/lips/10_evaluation.ipynb #fa7f0a27
 @patch
@@ -211,7 +211,7 @@ def compare(
     return pd.DataFrame([*rows, {"reader": "a guess", "WER %": round(uniform_guess_wer()*100, 1), "95 %": "", "CER %": None, "sentences %": round(100/64_000, 3), **guess}]).set_index("reader")
 
 def difference(
-    predictions:list[Prediction],
+    predictions:list[Prediction], # one a clip
     first:str="greedy", # column whose errors count positive
     second:str="grammar", # column whose errors are taken off
     *,
@@ -228,7 +228,7 @@ def difference(
 
 # %% ../../nbs/lips/10_evaluation.ipynb #b8698c9f
 def kept_wer(
-    predictions:list[Prediction],
+    predictions:list[Prediction], # one a clip
     column:str="grammar", # greedy or grammar
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # share of the clips kept, WER among them, the least confidence among them
     "Word error rate when the unsure clips are refused."

@@ -136,7 +136,7 @@ def train_lora(
     "Train an adapter on mosaics."
     need("transformers", "peft", "trl", "datasets", "accelerate")
     if min(batch_size, accumulation, save_steps) < 1 or num_epochs <= 0 or not (max_steps == -1 or max_steps > 0):
-        raise BadRequest(f"{max_steps} steps or {num_epochs} epochs in batches of {batch_size}x{accumulation} train nothing", "Give positive numbers.")
+        raise BadRequest(f"{max_steps} steps or {num_epochs} epochs of {batch_size}x{accumulation} train nothing", "Give positive numbers.")
     device, lines, out = pick_device(device), _lines(dataset_dir, max_samples), Path(output_dir)
     place, began = find_vlm(model), time.perf_counter()
     steps = max_steps if max_steps > 0 else math.ceil(math.ceil(math.ceil(len(lines)/batch_size)/accumulation)*num_epochs)
@@ -149,7 +149,7 @@ def train_lora(
         net, done = trainer.model, trainer.state
         losses = tuple((int(h["step"]), float(h["loss"])) for h in done.log_history if "loss" in h)
         net.peft_config["default"].base_model_name_or_path = str(Path(model).resolve() if Path(model).is_dir() else model)
-        adapter = _save(net, out/"final-adapter", f"{model}, {len(lines)} mosaics, {done.global_step} steps, seed {seed}, last loss {losses[-1][1]:.4f}")
+        adapter = _save(net, out/"final-adapter", f"{model}, {len(lines)} mosaics, {done.global_step} steps, seed {seed}, loss {losses[-1][1]:.4f}")
     trained, total = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (False, True))
     return LoraRun(adapter, install_adapter(adapter) if install else None, str(model), len(lines), done.global_step, losses, kind, trained, total,
         check_lora(net), device, content_hash(adapter/"adapter_model.safetensors"), peak_mb(device), seed, time.perf_counter() - began)

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..core import BadRequest, to_json as plain
 from .evaluation import Evaluation, Prediction, evaluate_predictions
 from .lines import load_dataset_lines
-from .vlm import check_adapter, load_vlm, locate_adapter, memory_plan, read_mosaics
+from .vlm import load_vlm, memory_plan, read_mosaics
+from .vlm_files import check_adapter, locate_adapter
 
 # %% auto #0
 __all__ = ['LoraEvaluation', 'eval_lora']
@@ -52,5 +53,5 @@ def eval_lora(
     seconds = (time.perf_counter() - began)/len(lines)
     ruled = read_mosaics(vlm, images, grammar=True)
     rows = tuple(Prediction(l.image.stem, l.image.parent.name, l.sentence, f.text, r.text, r.confidence) for l, f, r in zip(lines, free, ruled))
-    return LoraEvaluation(rows, evaluate_predictions(list(rows), "greedy", reader="vlm, free"), evaluate_predictions(list(rows), "grammar", reader="vlm, grammar"),
-        vlm.memory(), None if quantize_4bit else memory_plan(vlm.model), vlm.name, adapter, vlm.sha256, seconds)
+    counted = (evaluate_predictions(list(rows), column, reader=f"vlm, {how}") for column, how in (("greedy", "free"), ("grammar", "grammar")))
+    return LoraEvaluation(rows, *counted, vlm.memory(), None if quantize_4bit else memory_plan(vlm.model), vlm.name, adapter, vlm.sha256, seconds)

@@ -136,7 +136,9 @@ class LipReader(nn.Module):
         if not kinds or set(kinds) - set(KINDS): raise BadRequest(f"witnesses {kinds!r}", f"Choose from: {', '.join(KINDS)}.")
         self.kinds = tuple(kinds)
         self.witnesses = nn.ModuleList([Witness(KINDS[k]()) for k in kinds])
-        self.register_buffer("weight", torch.full((len(kinds),), 1/len(kinds)))
+        self.register_buffer("weight", torch.full((len(kinds),), 1/len(kinds))) # of each witness, for faces like those it learned from
+        self.register_buffer("stranger_weight", torch.full((len(kinds),), 1/len(kinds))) # and for others
+        self.register_buffer("stranger", torch.tensor([60000., .05, 1.])) # doubt in nats from which a face is strange, over how many nats, how sharp the answer then is
 
     def inputs(self,
         view:MouthView, # of one clip
@@ -149,8 +151,20 @@ class LipReader(nn.Module):
         inputs:list, # of `inputs`, or batches of it
     )->tuple: # words (clips, frames, 52) and six of (clips, words): log-probabilities
         said = [w(x) for w, x in zip(self.witnesses, inputs)]
-        mean = lambda parts: sum(a*p.float().log_softmax(-1) for a, p in zip(self.weight, parts)).log_softmax(-1)
-        return mean([s["word"] for s in said]), [mean([s["place"][k] for s in said]) for k in range(6)]
+        words, places = [s["word"].float().log_softmax(-1) for s in said], [[p.float().log_softmax(-1) for p in s["place"]] for s in said]
+        known = torch.sigmoid((self.stranger[0] - self.doubt(places))/self.stranger[1])[:, None]
+        weight, sharp = known*self.weight + (1 - known)*self.stranger_weight, known + (1 - known)*self.stranger[2]
+        def mean(parts):
+            shape = (-1, *[1]*(parts[0].dim() - 1))
+            return (sharp.view(shape)*sum(weight[:, k].view(shape)*p for k, p in enumerate(parts))).log_softmax(-1)
+        return mean(words), [mean([p[k] for p in places]) for k in range(6)]
+
+    @staticmethod
+    def doubt(
+        places:list, # for each witness six of (clips, words): log-probabilities
+    )->torch.Tensor: # (clips,) nats
+        "How undecided the witnesses are: the entropy of a word, in the mean."
+        return torch.stack([-(p.exp()*p).sum(-1) for said in places for p in said]).mean(0)
 
 # %% ../../nbs/lips/08_net.ipynb #6871cd4f
 def save_reader(

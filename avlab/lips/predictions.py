@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, time
 from functools import partial
 from pathlib import Path
-from ..core import AvlabError, BadRequest, key_of
+from ..core import BadRequest, key_of
 from .corpus import GridClip, SPLITS, split_of
 from .evaluation import Prediction
 from .grammar import sentence_of

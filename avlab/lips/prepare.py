@@ -162,7 +162,8 @@ def write_dataset(
         if not is_mosaic(mosaic): lacking.append(clip.key); continue
         try: pairs[split_of(clip.name)].append((mosaic, checked_alignment(clip).sentence))
         except AvlabError as e: failed.append(Failure(clip.key, type(e).__name__, str(e)))
-    if not any(pairs.values()): raise BadRequest(f"{grid.mosaics} holds no mosaic of these {len(clips)} clips", "Make them first: avlab grid mosaics.")
+    if not any(pairs.values()):
+        raise BadRequest(f"{grid.mosaics} holds no mosaic of these {len(clips)} clips", "Make them first: avlab grid mosaics.")
     for split in SPLITS:
         with disk(grid.root, f"grid_dataset_{split}.jsonl"): write_dataset_lines(grid.dataset(split), pairs[split])
     more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
@@ -200,7 +201,7 @@ def _download(root, local_path, alignments, speakers, show):
 @contextmanager
 def _crew(client, workers, clips, needed):
     "One cluster for all steps that share the work."
-    from avlab.batch import Ledger
+    from avlab.batch import local_cluster
     if client is not None or not needed: yield client
     else:
         with local_cluster(min(workers or len(os.sched_getaffinity(0)), max(1, clips))) as c: yield c

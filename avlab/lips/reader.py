@@ -4,21 +4,21 @@
 
 # %% ../../nbs/lips/11_reader.ipynb #c40de65b
 from __future__ import annotations
-import json, time
+import time
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 import numpy as np
-from ..core import AvlabError, BadRequest, ModelMissing, NoFace, Registry, TooShort, check_file, content_hash, pick_device, to_json as plain
-from .decoding import FPS, METHODS, Posteriors, Reading, best_path, best_sentences, decode, draw_posteriors, place_scores
+from ..core import AvlabError, BadRequest, ModelMissing, Registry, TooShort, check_file, content_hash, pick_device, to_json as plain
+from .decoding import FPS, METHODS, Posteriors, best_path, best_sentences, decode, draw_posteriors, place_scores
 from .mouth import MouthView, view_clip
 from ..sync.views import MOUTH_POINTS
 
 # %% auto #0
 __all__ = ['LIMITS', 'READERS', 'LEAST', 'TranscriptWord', 'Transcript', 'Unreadable', 'Limits', 'lip_motion', 'lip_opening',
            'doubts', 'weights_file', 'video_network', 'VideoReader', 'decoding_facts', 'read_posteriors',
-           'LanguageModelReader', 'read_lips']
+           'LanguageModelReader', 'read_lips', 'disorder', 'unsure']
 
 # %% ../../nbs/lips/11_reader.ipynb #09ba2d7b
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def lip_opening(
 
 def doubts(
     view:MouthView, # of a clip
-    limits:Limits=LIMITS,
+    limits:Limits=LIMITS, # what is refused
 )->list[tuple[str, str]]: # (what was found, what to do)
     "What about this clip is unlike those that can be read."
     turn, found = np.median(view.turn_deg, 0), []
@@ -242,6 +242,7 @@ def read_lips(
     if method not in METHODS: raise BadRequest(f"there is no decoding method {method!r}", f"Choose from: {', '.join(METHODS)}.")
     chosen = _pick(engine, model, options)
     info, stop_s, told = _checked(path, start, stop, force, limits)
+    if chosen.name == "video": video_network(model, device) # what is wrong with the weights is said before the long part
     view = view_clip(path, start=start, stop=stop_s, damaged="keep" if force else "error")
     told += _refuse(path, doubts(view, limits), force)
     if (missed := 1 - view.seen.mean()) > 0: told.append(f"the face was missed in {missed:.0%} of the frames")
@@ -281,6 +282,7 @@ def _checked(path, start, stop, force, limits):
     if abs(info.fps - FPS) > .01: told.append(f"{info.fps:.5g} frames a second were brought to {FPS}")
     return info, stop, told
 
+# %% ../../nbs/lips/11_reader.ipynb #327912ac
 def disorder(
     p:Posteriors, # of one clip
 )->float: # nats a frame, 0 … ; about 0 for a sentence of the grammar
