@@ -6,8 +6,9 @@
 from __future__ import annotations
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from ..core import BadRequest, MediaError, NoFace, TooShort, check_file
 from ..crops import STEADY, bridge
@@ -20,7 +21,7 @@ from ..mesh import OUTER_LIPS
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'LEAST_SEEN', 'LEAST_MOUTH_PX', 'LEAST_FRAMES', 'MOST_FRAMES', 'sample_indices', 'mouth_box',
            'mouth_windows', 'cut_mouth', 'build_mosaic', 'save_mosaic', 'read_mosaic', 'is_mosaic', 'Watched', 'watch',
-           'clip_frames', 'watch_clip', 'check_watched', 'check_length', 'Mosaic', 'clip_mosaic']
+           'clip_shots', 'watch_clip', 'check_watched', 'check_length', 'Mosaic', 'clip_mosaic']
 
 # %% ../../nbs/lips/04_mosaic.ipynb #03a73b9e
 def sample_indices(
@@ -125,7 +126,7 @@ def is_mosaic(
     except (OSError, SyntaxError): return False
 
 # %% ../../nbs/lips/04_mosaic.ipynb #5a3027df
-LOOK_EVERY = 4
+LOOK_EVERY = 6
 
 @dataclass(frozen=True, eq=False)
 class Watched:
@@ -147,7 +148,7 @@ class Watched:
 
 # %% ../../nbs/lips/04_mosaic.ipynb #faff854f
 def watch(
-    frames:Iterable[np.ndarray], # RGB uint8 (height, width, 3) of one clip
+    frames:Iterable, # of one clip: RGB uint8 (height, width, 3), or functions that make them
     wanted:Iterable[int]=(), # frame numbers that are looked at in any case
     *,
     every:int=LOOK_EVERY, # frames from one look to the next; 1 looks at all
@@ -158,40 +159,44 @@ def watch(
     with FaceFollower() as follow:
         for k, frame in enumerate(frames):
             looked.append(k % step == 0 or k in wanted)
-            meshes.append(follow(frame) if looked[-1] else None)
+            meshes.append(follow(frame() if callable(frame) else frame) if looked[-1] else None)
             if looked[-1]: step = 1 if meshes[-1] is None else every
     if not looked: raise TooShort("there are no frames to look at", "Choose a clip that holds some.")
     return Watched(tuple(meshes), np.array(looked, bool))
 
 # %% ../../nbs/lips/04_mosaic.ipynb #f647573d
-def clip_frames(
+def clip_shots(
     path, # a video, or a folder with frame_000.png, frame_001.png, …
     damaged:str="error", # "keep" holds the last good frame over damage
-)->Iterable[np.ndarray]: # RGB uint8 (height, width, 3), 25 a second
-    "The frames of a clip of the corpus, wherever they are stored."
-    from avlab.media import read_frames, read_image
-    if not Path(path).is_dir(): return read_frames(path, fps=GRID_FPS, damaged=damaged)
-    files = sorted(Path(path).glob("frame_*.png"))
-    if not files: raise MediaError(f"{path} holds no frame_000.png, frame_001.png, …", "Make them again: avlab grid frames.")
-    return (read_image(f) for f in files)
+)->Iterator[Callable]: # each makes one frame, RGB uint8 (height, width, 3); 25 a second
+    "The frames of a clip of the corpus, wherever they are stored, made when they are asked for."
+    from avlab.media import _at_rate, _frames_from, _to_rgb, read_frames, read_image
+    if Path(path).is_dir():
+        files = sorted(Path(path).glob("frame_*.png"))
+        if not files: raise MediaError(f"{path} holds no frame_000.png, frame_001.png, …", "Make them again: avlab grid frames.")
+        return (lru_cache(partial(read_image, f)) for f in files)
+    info = read_frames(path, damaged=damaged).info
+    decoded, rgb = _frames_from(info, 0., damaged), _to_rgb(info, info.size)
+    return (lru_cache(partial(rgb, f)) for f in _at_rate(decoded, GRID_FPS, 0., None, 1/info.fps))
 
+# %% ../../nbs/lips/04_mosaic.ipynb #7d1edc68
 def watch_clip(
     path, # a video, or a folder with its frames
     wanted:Iterable[int]=(), # frame numbers that are looked at in any case, and kept
     *,
     every:int=LOOK_EVERY, # frames from one look to the next
     keep_all:bool=False, # keep all frames, not only the wanted ones
-)->tuple[Watched, dict[int, np.ndarray], str]: # what was seen, the frames kept (−1: the last), what is wrong with the file
+)->tuple[Watched, dict[int, Callable], str]: # what was seen, what makes the frames kept (−1: the last), what is wrong with the file
     "Follow the face through a file."
     kept, looks = {}, set(map(int, wanted))
-    def passing(frames):
-        for k, frame in enumerate(frames):
-            kept.update({-1: frame} | ({k: frame} if keep_all or k in looks else {}))
-            yield frame
-    try: return watch(passing(clip_frames(path)), looks, every=every), kept, ""
+    def passing(shots):
+        for k, shot in enumerate(shots):
+            kept.update({-1: shot} | ({k: shot} if keep_all or k in looks else {}))
+            yield shot
+    try: return watch(passing(clip_shots(path)), looks, every=every), kept, ""
     except MediaError as e: wrong = str(e)
     kept.clear()
-    return watch(passing(clip_frames(path, "keep")), looks, every=every), kept, wrong
+    return watch(passing(clip_shots(path, "keep")), looks, every=every), kept, wrong
 
 # %% ../../nbs/lips/04_mosaic.ipynb #1adb3b22
 LEAST_SEEN, LEAST_MOUTH_PX = .8, 20
@@ -252,5 +257,5 @@ def clip_mosaic(
     check_length(n, alignment, path)
     centres, size = check_watched(watched, path)
     moments = np.minimum(asked, n - 1)
-    mouths = [cut_mouth(kept.get(int(i), kept[-1]), centres[i], size) for i in moments]
+    mouths = [cut_mouth(kept.get(int(i), kept[-1])(), centres[i], size) for i in moments]
     return Mosaic(build_mosaic(mouths), tuple(moments.tolist()), n, watched.looks, watched.share, size, wrong, time.perf_counter() - began)
