@@ -11,7 +11,7 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 from ..core import MediaError
 from .alignment import SpeechAlignment
-from .mosaic import build_mosaic, check_watched, clip_frames, cut_mouth, sample_indices, watch_clip
+from .mosaic import build_mosaic, check_watched, clip_shots, cut_mouth, sample_indices, watch_clip
 
 # %% auto #0
 __all__ = ['atomic_folder', 'save_pictures', 'stored_pictures', 'store_frames', 'store_mouths', 'mouths_mosaic']
@@ -68,9 +68,9 @@ def store_frames(
     check:Callable|None=None, # called with their number before the folder gets its name
 )->tuple[int, str]: # how many, and what is wrong with the file
     "Write every frame of a clip."
-    try: return save_pictures(clip_frames(video), folder, check), ""
+    try: return save_pictures((shot() for shot in clip_shots(video)), folder, check), ""
     except MediaError as e: wrong = str(e)
-    return save_pictures(clip_frames(video, "keep"), folder, check), wrong
+    return save_pictures((shot() for shot in clip_shots(video, "keep")), folder, check), wrong
 
 # %% ../../nbs/lips/04a_stored.ipynb #70b8640e
 def store_mouths(
@@ -84,7 +84,7 @@ def store_mouths(
     watched, kept, wrong = watch_clip(source, wanted, keep_all=True)
     if check: check(len(watched.looked))
     centres, size = check_watched(watched, source)
-    save_pictures((cut_mouth(kept[k], c, size) for k, c in enumerate(centres)), folder)
+    save_pictures((cut_mouth(kept[k](), c, size) for k, c in enumerate(centres)), folder)
     return dict(frames=len(centres), looks=watched.looks, seen_share=watched.share, mouth_px=size, damaged=wrong)
 
 def mouths_mosaic(
