@@ -72,3 +72,39 @@ def test_nobody_else_was_asked(page, named):  # noqa: F811
     hosts = {urlparse(u).hostname for u in page.asked if urlparse(u).scheme in ("http", "https", "ws", "wss")}
     assert hosts <= {"127.0.0.1", "localhost"} and page.said == []
     assert set(named) <= {"127.0.0.1", "localhost", "0.0.0.0", None}
+
+
+def test_the_camera_is_read_while_it_films(address, tmp_path):
+    "Chromium films the example over and over; six words appear under the picture."
+    import av
+    from avlab.lips.live import example_film
+    from avlab.media import read_frames
+    from playwright.sync_api import sync_playwright
+    from test_site import CHROMIUM, FLAGS
+
+    frames = list(read_frames(example_film()))
+    with av.open(str(tmp_path / "camera.mjpeg"), "w", format="mjpeg") as out:
+        stream = out.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = frames[0].shape[1], frames[0].shape[0], "yuvj420p"
+        for f in frames + [frames[-1]] * 15:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(f, "rgb24").reformat(format="yuvj420p")))
+        out.mux(stream.encode())
+    film = f"--use-file-for-fake-video-capture={tmp_path / 'camera.mjpeg'}"
+    code = f"""
+from playwright.sync_api import sync_playwright
+with sync_playwright() as p:
+    b = p.chromium.launch(executable_path={CHROMIUM!r}, args={FLAGS + ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream", film]!r})
+    page = b.new_context(permissions=["camera"]).new_page()
+    page.goto({address!r})
+    page.get_by_role("tab", name="The camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.get_by_label("capture photo").click(timeout=20000)
+    page.wait_for_function("(document.querySelector('#live .avlab-big') || {{innerText: ''}}).innerText.trim().split(/\\\\s+/).length == 6", timeout=60000)
+    print(page.locator("#live .avlab-big").inner_text())
+    b.close()
+"""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and len(done.stdout.split()) == 6, done.stderr[-400:]

@@ -107,7 +107,7 @@ def _read(self:LiveReader, now, begun):
     return told
 
 # %% ../../nbs/lips/14_live.ipynb #f3d95666
-EXAMPLE = "bin blue at f two now"
+EXAMPLE = "lay blue by p one soon"
 
 def example_film()->Path: # an .mp4 of a made portrait
     "A made portrait that says a sentence of the grammar; made once."

@@ -182,7 +182,7 @@ class VideoReader:
         p = posteriors(net, view)
         return dict(read_posteriors(p, method, start_s, **decoding_facts(facts)), model=name, weights_sha256=sha256), float(facts.get("least_confidence", LEAST))
 
-LEAST = .15 # confidence of a sentence, for weights that don't name another
+LEAST = .25 # confidence of a sentence, for weights that don't name another: below it one in four is right at best
 
 def decoding_facts(
     facts:dict, # from the header of a weights file
