@@ -102,12 +102,12 @@ class Limits:
     longest_s: float = 5. # one sentence, not two
     slowest_fps: float = 12.5 # lips close and open within a tenth of a second
     seen: float = .8 # share of the frames in which the face is found
-    face_px: float = 32. # median longer side of the face
+    face_px: float = 45. # median longer side of the face
     yaw_deg: float = 35. # median turn to a side
     pitch_deg: float = 30. # median nod
     motion: float = .005 # deviation of the lips' points over time, in distances between the outer eye corners
     speech: float = .2 # share of the frames in which a word is seen
-    disorder: float = .25 # nats a frame by which words in any order fit better than a sentence
+    disorder: float = .2 # nats a frame by which words in any order fit better than a sentence
     confidence: float|None = None # of the sentence; None takes what belongs to the weights
 
 LIMITS = Limits()
@@ -168,6 +168,7 @@ def video_network(
     net, sha256, facts = _network(str(path), path.stat().st_mtime_ns, pick_device(device))
     return net, path.stem, sha256, facts
 
+# %% ../../nbs/lips/11_reader.ipynb #da965e90
 class VideoReader:
     "The network that looks at every frame."
     name = "video"
