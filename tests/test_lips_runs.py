@@ -15,7 +15,7 @@ def data(request, tmp_path):
 
 def test_training(data, tmp_path):
     out = tmp_path / "out"
-    m, text = executed("train_lips", out, data, out=out, clips=3, made=2, kept_back=2, minutes="0.02 0.02")
+    m, text = executed("train_lips", out, data, clips=3, made=2, kept_back=2, minutes="0.02 0.02")
     assert (m["real_clips"] > 0) == (data is None) and m["made_clips"] > 0 and m["val_clips"] == 2
     assert m["parameters"] <= 8e6 and m["file_bytes"] <= 16e6 and m["half_precision_drift"] < 0.01
     assert f"{m['real_clips']} real and {m['made_clips']} made clips" in text
@@ -27,15 +27,15 @@ def test_training(data, tmp_path):
 def test_witnesses_are_joined(tmp_path):
     small = dict(clips=0, made=2, kept_back=1)
     for k in (1, 2):
-        executed("train_lips", tmp_path / f"{k}", tmp_path / "nothing", out=tmp_path / f"{k}", witnesses="points", minutes="0.01", seed=k, **small)
+        executed("train_lips", tmp_path / f"{k}", tmp_path / "nothing", witnesses="points", minutes="0.01", seed=k, **small)
     files = " ".join(str(tmp_path / f"{k}" / "avlab_lips.safetensors") for k in (1, 2))
-    m, _ = executed("train_lips", tmp_path / "both", tmp_path / "nothing", out=tmp_path / "both", witnesses="", minutes="", join=files, **small)
+    m, _ = executed("train_lips", tmp_path / "both", tmp_path / "nothing", witnesses="", minutes="", join=files, **small)
     assert list(m["val_wer_pct_alone"]) == ["points 0", "points 1"] and len(m["joined"]) == 2
 
 
 def test_evaluation(data, tmp_path):
     out = tmp_path / "out"
-    m, text = executed("eval_lips", out, data, out=out, clips=3, others=1, made=2)
+    m, text = executed("eval_lips", out, data, clips=3, others=1, made=2)
     assert m["real"] == (data is None) and m["clips"] == (3 if data is None else 2) and m["chance_wer_pct"] == pytest.approx(81)
     assert ("the made clips stand in" in text) == (data is not None)
     assert m["follows_the_picture_pct"] == 100 and m["blank_sentences_pct"] == 0
@@ -48,6 +48,6 @@ def test_evaluation(data, tmp_path):
 
 def test_a_new_speaker(data, tmp_path):
     out = tmp_path / "out"
-    m, _ = executed("adapt_lips", out, data, out=out, clips=6, steps=2, batch=2)
+    m, _ = executed("adapt_lips", out, data, clips=6, steps=2, batch=2)
     assert m["clips"] == 6 and (m["speaker"] == "s26") == (data is None)
     assert 0 <= m["wer_after_pct"] <= 100 and list(out.glob("*.safetensors"))
