@@ -74,7 +74,7 @@ def _settings_class():
         downloads: Literal["auto", "never"] = "auto"
         device: str = "auto"
         max_faces: int = Field(1, ge=1, validation_alias=both("AVLAB_MAX_FACES", "MIRAGE_MAX_FACES"))
-        codeformer_fidelity: float = Field(.5, ge=0, le=1, validation_alias=both("AVLAB_CODEFORMER_FIDELITY", "MIRAGE_CODEFORMER_FIDELITY"))
+        codeformer_fidelity: float = Field(.75, ge=0, le=1, validation_alias=both("AVLAB_CODEFORMER_FIDELITY", "MIRAGE_CODEFORMER_FIDELITY"))
         inswapper_url: str = Field("", validation_alias=both("AVLAB_INSWAPPER_URL", "MIRAGE_INSWAPPER_URL"))
         codeformer_url: str = Field("", validation_alias=both("AVLAB_CODEFORMER_URL", "MIRAGE_CODEFORMER_URL"))
         def __init__(self, **kw):

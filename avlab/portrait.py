@@ -12,8 +12,8 @@ from .mesh import INNER_LIPS, warp_map
 from .rig import Rig, head_rings, head_triangles
 
 # %% auto #0
-__all__ = ['FREE_PORTRAITS', 'free_portrait', 'person_matte', 'clean_plate', 'Portrait', 'frame_window', 'prepare_portrait',
-           'wall', 'vary_portrait']
+__all__ = ['FREE_PORTRAITS', 'free_portrait', 'guided_filter', 'person_matte', 'clean_plate', 'Portrait', 'frame_window',
+           'prepare_portrait', 'wall', 'vary_portrait']
 
 # %% ../nbs/08d_portrait.ipynb #54319698
 FREE_PORTRAITS = {"collins": "Eileen Collins, NASA, public domain (scikit-image)", "hopper": "Grace Hopper, US Navy, public domain (matplotlib)"}
@@ -33,17 +33,34 @@ def free_portrait(
     raise BadRequest(f"there is no free portrait called {name!r}", f"Choose from: {', '.join(FREE_PORTRAITS)}.")
 
 # %% ../nbs/08d_portrait.ipynb #a86e271c
+def guided_filter(
+    guide:np.ndarray, # (H, W, 3) uint8, whose edges count
+    soft:np.ndarray, # (H, W) float32, to be fitted to them
+    radius:int, # of the window, pixels
+    eps:float, # variance of the guide below which it counts as flat, grey levels squared
+)->np.ndarray: # (H, W) float32
+    "The nearest thing to `soft` that is, in every window, a linear function of the guide's colour."
+    import cv2
+    box = lambda x: cv2.blur(x, (2*radius + 1, 2*radius + 1), borderType=cv2.BORDER_REFLECT)
+    I, p = guide.astype(np.float32), soft.astype(np.float32)
+    mean, mean_p = box(I), box(p)
+    S = np.empty((*p.shape, 3, 3), np.float32)
+    for i in range(3):
+        for j in range(i, 3): S[..., i, j] = S[..., j, i] = box(I[..., i]*I[..., j]) - mean[..., i]*mean[..., j] + eps*(i == j)
+    a = np.linalg.solve(S, (box(I*p[..., None]) - mean*mean_p[..., None])[..., None])[..., 0]
+    return (box(a)*I).sum(-1) + box(mean_p - (a*mean).sum(-1))
+
+# %% ../nbs/08d_portrait.ipynb #9ecbdf56
 def person_matte(
     picture:np.ndarray, # (H, W, 3) uint8
 )->np.ndarray: # (H, W) float32, 0 background … 1 person
     "How much of each pixel is person."
-    import cv2
     from mediapipe.python.solutions.selfie_segmentation import SelfieSegmentation
     from avlab.detection import quiet_start
     with quiet_start(), SelfieSegmentation(model_selection=0) as net:
         soft = net.process(np.ascontiguousarray(picture)).segmentation_mask.astype(np.float32)
     r = max(2, round(.012*max(picture.shape)))
-    fine = cv2.ximgproc.guidedFilter(picture, soft, r, (.05*255)**2)
+    fine = guided_filter(picture, soft, r, (.05*255)**2)
     return np.clip((fine - .15)/.7, 0, 1)
 
 # %% ../nbs/08d_portrait.ipynb #a6839e5b

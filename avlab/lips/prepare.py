@@ -129,8 +129,13 @@ def extract_frames(
 def extract_mouths(
     root="data", # the data folder: mouths go to grid/mouth_rois/<speaker>/<clip>/frame_000.png below it
     *,
-    local_path=None, # as in `extract_frames`, like the rest
-    alignments=None, speakers:list[str]|None=None, limit:int|None=None, workers:int|None=None, client=None, show:bool|None=None,
+    local_path=None, # as in `extract_frames`
+    alignments=None, # as in `extract_frames`
+    speakers:list[str]|None=None, # as in `extract_frames`
+    limit:int|None=None, # clips
+    workers:int|None=None, # processes
+    client=None, # Dask client
+    show:bool|None=None, # progress
 )->PrepareReport:
     "Store the mouth of every frame of every clip."
     return _step("mouths", root, local_path, alignments, speakers, limit, workers, client, show)
@@ -138,8 +143,13 @@ def extract_mouths(
 def prepare_mosaics(
     root="data", # the data folder: mosaics go to grid/mosaics/<speaker>/<clip>.jpg below it
     *,
-    local_path=None, # as in `extract_frames`, like the rest
-    alignments=None, speakers:list[str]|None=None, limit:int|None=None, workers:int|None=None, client=None, show:bool|None=None,
+    local_path=None, # as in `extract_frames`
+    alignments=None, # as in `extract_frames`
+    speakers:list[str]|None=None, # as in `extract_frames`
+    limit:int|None=None, # clips
+    workers:int|None=None, # processes
+    client=None, # Dask client
+    show:bool|None=None, # progress
 )->PrepareReport:
     "Make the mosaic of every clip: from its stored mouths or frames, else in one pass from the video."
     return _step("mosaics", root, local_path, alignments, speakers, limit, workers, client, show)

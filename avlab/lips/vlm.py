@@ -127,7 +127,12 @@ def _opened(picture):
     from PIL import Image
     return Image.fromarray(picture) if isinstance(picture, np.ndarray) else Image.open(picture).convert("RGB")
 
-def vlm_inputs(vlm, pictures, prompt): # a dict of tensors, padded at the left
+def vlm_inputs(
+    vlm:Vlm, # opened
+    pictures:list, # of PIL images
+    prompt:str, # asked of each
+)->dict: # of tensors, padded at the left
+    "What the model is given: one turn of a conversation a picture."
     talks = [[{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": prompt}]}] for p in pictures]
     x = vlm.processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         processor_kwargs=dict(padding=True, padding_side="left"))
