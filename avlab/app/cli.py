@@ -22,6 +22,9 @@ class Command:
 
 COMMANDS = {
     "talk": Command("avlab.app.commands:talk", "A portrait photo says a sentence.", "Make"),
+    "swap": Command("avlab.app.swap_command:swap", "Faces of a film or picture are replaced by others.", "Make"),
+    "voice": Command("avlab.app.voice_command:voice", "A recording in another voice.", "Make"),
+    "serve": Command("avlab.app.serve_command:serve", "The live swap and voice, for a browser.", "Make"),
     "probe": Command("avlab.app.commands:probe", "What is in media files: streams, sizes, rates, lengths.", "Look"),
     "faces": Command("avlab.app.commands:faces", "Landmarks of the face in a clip: frames found, mouth and eyes over time.", "Look"),
     "sync": Command("avlab.app.sync_command:sync", "Whether the mouth belongs to the voice: offset, confidence, LSE.", "Look"),
@@ -31,6 +34,8 @@ COMMANDS = {
     "run": Command("avlab.app.commands:run", "A notebook with parameters, executed and kept as a page.", "Batches"),
     "sweep": Command("avlab.app.commands:sweep", "A notebook over a grid of parameters.", "Batches"),
     "grid": Command("avlab.app.grid_command:GRID", "The GRID corpus: download it, prepare it, check it.", "Batches"),
+    "bench": Command("avlab.app.bench_command:bench", "How fast it is here: swap, voice, serve; p50 and p95 of every stage.", "Batches"),
+    "consent": Command("avlab.app.swap_command:consent", "Who agreed to lend face or voice: written down, signed.", "This machine"),
     "weights": Command("avlab.app.commands:weights", "Model files: list, check, fetch.", "This machine"),
     "doctor": Command("avlab.app.doctor:doctor", "What works here, what does not, and what to do.", "This machine"),
     "clean": Command("avlab.app.commands:clean", "What the cache holds; frees it by kind.", "This machine"),
@@ -83,7 +88,8 @@ def typer_command(
     import functools, inspect, typer, typing
     hints, said = typing.get_type_hints(fn), parameter_help(fn)
     def parameter(p):
-        if p.kind is p.KEYWORD_ONLY: info = typer.Option(f"--{p.name.replace('_', '-')}", *filter(None, [SHORT.get(p.name)]), help=said.get(p.name))
+        name = p.name.replace("_", "-")
+        if p.kind is p.KEYWORD_ONLY: info = typer.Option(f"--{name}" + f"/--no-{name}"*(p.default is True), *filter(None, [SHORT.get(p.name)]), help=said.get(p.name))
         else: info = typer.Argument(help=said.get(p.name), show_default=bool(p.default), readable=False)
         return p.replace(annotation=Annotated[hints[p.name], info])
     options = [p for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY]
