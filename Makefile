@@ -35,7 +35,7 @@ test: $(VENV)/.dev ## Everything that must pass
 	@echo "the site builds"
 	@$(PY) -m avlab.app.docs --quiet
 	@if [ -n "$${CI:-}" ]; then $(PY) -m avlab.app.notebooks committed; fi
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile tests
 
 ##@ Working here
 

@@ -32,6 +32,7 @@ setup(
     extras_require=extras,
     entry_points={"console_scripts": s["console_scripts"].split(), "nbdev": ["avlab=avlab._modidx:d"]},
     packages=find_packages(include=["avlab*"]),
+    package_data={"avlab.swap": ["live_page/*"]},
     python_requires=f">={s['min_python']}",
     cmdclass={"build_py": WithModels},
 )

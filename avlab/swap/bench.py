@@ -10,7 +10,7 @@ from ..core import BadRequest, to_json
 from .pipeline import STAGES, SwapPipeline, Timings, timing_table
 
 # %% auto #0
-__all__ = ['bench_frames', 'to_and_fro', 'SwapBench', 'bench_swap', 'machine_name']
+__all__ = ['bench_frames', 'to_and_fro', 'SwapBench', 'bench_swap', 'machine_name', 'bench_paste']
 
 # %% ../../nbs/swap/09c_bench.ipynb #d2664926
 def bench_frames(
@@ -97,3 +97,23 @@ def machine_name()->str: # for tables of figures
     "This machine in a few words."
     import os, platform
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, no accelerator asked for"
+
+# %% ../../nbs/swap/09c_bench.ipynb #058c8c23
+def bench_paste(
+    times:int=40, # of each
+    seed:int=0, # of the poses
+)->list[dict]: # rows: frame, face_px, region_ms p50 and p95, whole_frame_ms
+    "How long `paste_back` takes, beside `reference_paste_back`."
+    import cv2
+    from avlab.swap.paste import paste_back, reference_paste_back
+    rng, rows = np.random.default_rng(seed), []
+    face = cv2.GaussianBlur(rng.integers(0, 255, (128, 128, 3), np.uint8), (0, 0), 2)
+    for name, (w, h), px in (("480p", (854, 480), 200), ("720p", (1280, 720), 300), ("1080p", (1920, 1080), 450)):
+        frame, took, whole = rng.integers(0, 255, (h, w, 3), np.uint8), [], []
+        for k in range(times + 5):
+            matrix = cv2.getRotationMatrix2D((w/2, h/2), rng.normal(0, 8), 128/px)
+            matrix[:, 2] += 64 - np.array([w, h])/2 + rng.normal(0, 2, 2)
+            t = time.perf_counter(); paste_back(frame, face, matrix); took.append(1e3*(time.perf_counter() - t))
+        for _ in range(5): t = time.perf_counter(); reference_paste_back(frame, face, matrix); whole.append(1e3*(time.perf_counter() - t))
+        rows.append(dict(frame=name, face_px=px, region_ms_p50=float(np.median(took[5:])), region_ms_p95=float(np.percentile(took[5:], 95)), whole_frame_ms=float(np.median(whole))))
+    return rows
