@@ -55,6 +55,10 @@ docs: $(VENV)/.dev ## The site in _docs/ and README.md, both from the notebooks
 soak: $(VENV)/.dev ## The long checks; their counts go to tests/soak/results/
 	@for f in tests/soak/[a-z]*.py; do echo "$$f"; $(PY) "$$f"; done
 
+.PHONY: bench
+bench: $(VENV)/.dev ## How fast it is here: swap, voice, serve, sync; pages in runs/bench_*
+	@for b in swap voice serve sync; do $(VENV)/bin/avlab bench $$b; done
+
 .PHONY: gpu
 gpu: $(VENV)/.base ## What a GPU machine has, what is missing and how to get it
 	@$(VENV)/bin/avlab doctor --gpu

@@ -13,7 +13,7 @@ extras["all"] = sorted({r for k, v in extras.items() if k not in ("dev", "docs")
 
 
 class WithModels(build_py):
-    "The manifest and the small trained weights of models/ travel in the wheel as avlab/models/."
+    "The manifest and the small trained weights of models/ travel in the wheel as avlab/models/, the benchmarks' notebooks as avlab/benches/."
 
     def run(self):
         super().run()
@@ -23,6 +23,10 @@ class WithModels(build_py):
         packed.mkdir(parents=True, exist_ok=True)
         for f in sorted(p for pattern in ("manifest.json", "*.safetensors", "*.md") for p in Path("models").glob(pattern)):
             shutil.copy2(f, packed / f.name)
+        benches = Path(self.build_lib) / "avlab" / "benches"
+        benches.mkdir(parents=True, exist_ok=True)
+        for f in sorted(Path("nbs/runs").glob("bench_*.ipynb")):
+            shutil.copy2(f, benches / f.name)
 
 
 setup(

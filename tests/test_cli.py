@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import HEAVY, ROOT, run_avlab
 
-COMMANDS = ("talk", "probe", "faces", "sync", "lips", "align", "verify", "run", "sweep", "grid", "weights", "doctor", "clean")
+COMMANDS = ("talk", "swap", "voice", "serve", "bench", "consent", "probe", "faces", "sync", "lips", "align", "verify", "run", "sweep", "grid", "weights", "doctor", "clean")
 
 
 def notebook(path, code):

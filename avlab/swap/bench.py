@@ -21,11 +21,11 @@ def bench_frames(
     seed:int=0, # of head, eyes and grain
 )->list: # (H, W, 3) uint8 each
     "The frames of a made speaker, for measuring."
-    from avlab.portrait import prepare_portrait
+    from avlab.portrait import prepare_portrait, wall
     from avlab.talker import talk
     w, h = size if isinstance(size, tuple) else (size, size)
     share = .42 if face_px is None else face_px/min(w, 1.25*h)
-    clip = talk(prepare_portrait(target, (w, h), share), "set blue by a two please, and lay green with f nine again now", fps=25, seed=seed, motion=1.)
+    clip = talk(prepare_portrait(target, (w, h), share, wall=None if face_px is None else wall((w, h))), "set blue by a two please, and lay green with f nine again now", fps=25, seed=seed, motion=1.)
     if frames < 1: raise BadRequest(f"{frames} frames make no benchmark", "Ask for 1 or more.")
     return [clip.frames[k] for k in range(min(frames, len(clip.frames)))]
 

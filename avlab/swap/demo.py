@@ -44,7 +44,7 @@ def film_swapped(
     from avlab.swap.source import prepare_source
     if not film: raise BadRequest("there is no film yet", "Upload one, or take the example.")
     source = prepare_source(chosen_source(portrait, photo), name="" if photo is None else "your photo")
-    report = swap_file(source, film, bench()/f"{key_of(Path(film), source.key, enhance)}-swapped.mp4", enhance="detail" if enhance else None, show=False)
+    report = swap_file(source, film, bench()/key_of(Path(film), source.key, enhance)[:12]/"swapped.mp4", enhance="detail" if enhance else None, show=False)
     return str(report.path), f"<div class='avlab-card'>{report._repr_html_()}</div>"
 
 # %% ../../nbs/swap/20_demo.ipynb #5573168f
