@@ -92,7 +92,7 @@ def test_wheel_holds_the_package_and_its_data(tmp_path, settings):
     files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
     wanted = {"settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}
     for name in filter(None, files):
-        if name in wanted or name.split("/")[0] in ("avlab", "models"):
+        if name in wanted or name.split("/")[0] in ("avlab", "models") or name.startswith("nbs/runs/bench_"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
@@ -102,7 +102,7 @@ def test_wheel_holds_the_package_and_its_data(tmp_path, settings):
     assert wheel.name.startswith(f"avlab-{settings['version']}-py3-none-any")
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {str(f.relative_to(ROOT)) for f in (ROOT / "avlab").rglob("*.py")} <= held
-    assert "avlab/models/manifest.json" in held
+    assert {"avlab/models/manifest.json", "avlab/swap/live_page/index.html", "avlab/benches/bench_swap.ipynb"} <= held
     assert not [f for f in held if f.startswith(("nbs/", "tests/", "tools/"))]
     code = f"import sys; sys.path.insert(0, {str(wheel)!r}); import avlab; assert {wheel.name!r} in avlab.__file__; print(avlab.__version__)"
     assert subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True).stdout.strip() == settings["version"]

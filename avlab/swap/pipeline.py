@@ -97,6 +97,11 @@ class SwapPipeline:
     @property
     def engine(self)->str: return self.choice.engine.name
 
+    @property
+    def detector_interval(self)->int: # frames; 0 before the first
+        "How often the detector looks just now."
+        return getattr(self._follow, "detector_interval", 0)
+
     def __repr__(self): return f"SwapPipeline({', '.join(s.name for s in self.sources)} by {self.engine}{f', enhanced by {self.enhancer.name}' if self.enhancer else ''})"
     def __enter__(self): return self
     def __exit__(self, *error): self.close()

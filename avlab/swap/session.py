@@ -244,7 +244,7 @@ def _account(self, t, timings, pipeline):
     for stage, ms in spent.items():
         self.metrics.observe("frame_ms", ms, stage=stage)
         self.work.setdefault(stage, deque(maxlen=100)).append(ms)
-    self.interval = getattr(getattr(pipeline, "_follow", None), "detector_interval", self.interval)
+    self.interval = getattr(pipeline, "detector_interval", self.interval)
     if timings is not None: self.counts["faces"] = getattr(timings, "faces", 0)
 
 def _adapt(self, what, ratio):
@@ -258,16 +258,17 @@ Session._account, Session._adapt = _account, _adapt
 
 # %% ../../nbs/swap/15_session.ipynb #4e0e1cd3
 def _sounds(self):
-    cut, voice, made_for = Reblocker(1), None, None
+    cut, voice, made_for, length = None, None, None, None
     try:
         while True:
             capture_us, sound, since = self.audio.get()
             if self.clock() - since > STALE_S: self.metrics.count("audio_chunks_total", result="dropped"); continue
             want, chunk_ms = self.wishes, self.level.chunk_ms
-            key = (chunk_ms, want.voice, want.pitch_semitones, want.formant, want.timbre)
-            if key != made_for:
-                if made_for is None or chunk_ms != made_for[0]: cut = Reblocker(round(CHUNK_RATE*chunk_ms/1e3))
-                made_for, voice = key, self._voice(chunk_ms, want)
+            key = (want.voice, want.pitch_semitones, want.formant, want.timbre)
+            if chunk_ms != length:
+                cut, length = Reblocker(round(CHUNK_RATE*chunk_ms/1e3)), chunk_ms
+                if voice is not None: voice.chunk_ms = chunk_ms # keeps what it has learned of the speaker
+            if key != made_for: made_for, voice = key, self._voice(chunk_ms, want)
             for at, chunk in cut(capture_us, sound): voice = self._chunk(voice, at, chunk, chunk_ms)
     except QueueClosed: pass
 
