@@ -21,13 +21,16 @@ def bench_frames(
     seed:int=0, # of head, eyes and grain
 )->list: # (H, W, 3) uint8 each
     "The frames of a made speaker, for measuring."
-    from avlab.portrait import prepare_portrait, wall
+    import cv2
+    from avlab.portrait import prepare_portrait
     from avlab.talker import talk
-    w, h = size if isinstance(size, tuple) else (size, size)
-    share = .42 if face_px is None else face_px/min(w, 1.25*h)
-    clip = talk(prepare_portrait(target, (w, h), share, wall=None if face_px is None else wall((w, h))), "set blue by a two please, and lay green with f nine again now", fps=25, seed=seed, motion=1.)
     if frames < 1: raise BadRequest(f"{frames} frames make no benchmark", "Ask for 1 or more.")
-    return [clip.frames[k] for k in range(min(frames, len(clip.frames)))]
+    w, h = size if isinstance(size, tuple) else (size, size)
+    side = min(w, h)
+    clip = talk(prepare_portrait(target, side, .42 if face_px is None else face_px/side), "set blue by a two please, and lay green with f nine again now", fps=25, seed=seed)
+    left, top = (w - side)//2, (h - side)//2
+    around = lambda f: cv2.copyMakeBorder(f, top, h - side - top, left, w - side - left, cv2.BORDER_REPLICATE) if w != h else f
+    return [around(clip.frames[k]) for k in range(min(frames, len(clip.frames)))]
 
 def to_and_fro(
     frames:list, # a clip
