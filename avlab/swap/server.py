@@ -14,6 +14,7 @@ from ..live import QueueClosed
 from ..protocol import pack
 from .house import House, ServeOptions
 from .metrics import metrics_text
+from .session import Session
 from .tickets import PROTOCOL, Refused, host_allowed, need, origin_allowed, ticket_in
 from .upload import prepare_upload
 
@@ -21,7 +22,7 @@ LOG = logging.getLogger("avlab.serve")
 
 # %% ../../nbs/swap/17_server.ipynb #14bdd428
 def check_page(
-    house:House,
+    house:House, # who is let in, and what is done for them
     connection, # a request or a WebSocket
 )->str: # the origin, "" for a program
     "Refuse visitors from elsewhere."
@@ -30,11 +31,15 @@ def check_page(
     if not origin_allowed(origin, host, o.origins): raise Refused("this page may not connect", "Start the server with --origin and the page's address.")
     return origin or ""
 
-def address_of(connection)->str: return connection.client.host if connection.client else "local"
+def address_of(
+    connection, # a request or a WebSocket
+)->str: # "local" where the transport has none
+    "Where a visitor comes from."
+    return connection.client.host if connection.client else "local"
 
 @asynccontextmanager
 async def admitted(
-    house:House,
+    house:House, # who is let in, and what is done for them
     connection, # a request or a WebSocket
     ticket:str, # as received
 ):
@@ -65,7 +70,12 @@ async def _writes(ws, session, house):
             house.metrics.count("bytes_total", len(message), direction="out")
     except QueueClosed: pass
 
-async def watch_session(session, last, idle_s, every=.25):
+async def watch_session(
+    session:Session, # one visitor's work
+    last:list, # [when something was last heard], seconds of time.monotonic
+    idle_s:float, # silence after which the session is closed, seconds
+    every:float=.25, # between two looks, seconds
+):
     "Ends when the session should; tells its numbers once a second."
     for tick in range(1 << 60):
         await asyncio.sleep(every)
@@ -74,7 +84,11 @@ async def watch_session(session, last, idle_s, every=.25):
         if tick % round(1/every) == 0: session.say(type="stats", **session.stats())
 
 # %% ../../nbs/swap/17_server.ipynb #6fc83f4b
-async def carry(ws, house, address):
+async def carry(
+    ws, # an accepted WebSocket
+    house:House, # of the server
+    address:str, # where it comes from
+):
     "Serve one accepted WebSocket until it ends."
     session, last = house.new_session("websocket"), [time.monotonic()]
     LOG.info("session from %s", address)
