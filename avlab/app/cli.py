@@ -183,7 +183,7 @@ def main(
         if debug: raise
         problem, code = (str(e), 1) if isinstance(e, AvlabError) else _unforeseen(e)
     finally:
-        if hasattr(signal, "setitimer"): signal.setitimer(signal.ITIMER_REAL, 0)
+        if hasattr(signal, "setitimer"): signal.signal(signal.SIGALRM, signal.SIG_IGN) # a repeated interrupt must not overtake the answer to the first
     sys.stderr.write(f"avlab: {problem}\n")
     sys.exit(code)
 
